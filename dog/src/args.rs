@@ -1,0 +1,477 @@
+//! The command tree: what can be typed, word for word, and the help that belongs to it.
+//!
+//! Words stay words here: sizes, addresses and snapshot selectors are understood in `meaning.rs`, so that a wrong one
+//! gets the exit code and the text that scripts know. Where this tool behaves differently from the old one on purpose,
+//! the help of the command says so under "Differs".
+
+use std::ffi::OsString;
+
+use clap::{Args, Parser, Subcommand};
+
+/// Everything that was typed.
+#[derive(Debug, Parser)]
+#[command(name = "dog", about = "Manage a sheep cluster", infer_long_args = true, args_override_self = true)]
+#[command(disable_version_flag = true, disable_help_subcommand = true)]
+pub struct Typed {
+    /// Address or name of the sheep to ask; default SHEEPDOG_DOG_ADDR, else 127.0.0.1
+    #[arg(short, long, global = true, value_name = "ADDRESS", allow_hyphen_values = true)]
+    pub address: Option<String>,
+    /// Port of the sheep to ask; default SHEEPDOG_DOG_PORT, else 7000
+    #[arg(short, long, global = true, value_name = "PORT", allow_hyphen_values = true)]
+    pub port: Option<String>,
+    /// Print at the end how long it took
+    #[arg(short = 'T', long, global = true)]
+    pub time: bool,
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// The first word.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Volumes, their snapshots and clones
+    #[command(subcommand, disable_help_subcommand = true)]
+    Vdi(Vdi),
+    /// The machines of the cluster
+    #[command(subcommand, disable_help_subcommand = true)]
+    Node(Node),
+    /// The cluster as a whole
+    #[command(subcommand, disable_help_subcommand = true)]
+    Cluster(Cluster),
+}
+
+/// The second word after `vdi`.
+#[derive(Debug, Subcommand)]
+#[allow(missing_docs)] // the texts below are the help that users read
+pub enum Vdi {
+    /// Compare all copies of a VDI's objects and repair what differs
+    #[command(after_help = "Examples:\n  dog vdi check disk1\n  dog vdi check -s before-upgrade disk1\n\n\
+        Differs from the old tool: exits 1 when something could not be repaired, or is lost.")]
+    Check(Check),
+    /// Create a VDI
+    #[command(after_help = "Examples:\n  dog vdi create disk1 20G\n  dog vdi create -c 2 -z 23 -v disk1 1.5T\n  \
+        dog vdi create -P disk1 512M\n\nA size is a number and at most one letter of b k m g t p.\n\
+        Differs from the old tool: an empty or overlong name is refused, not created or cut.")]
+    Create(Create),
+    /// Turn the present content of a VDI into a snapshot
+    #[command(after_help = "Examples:\n  dog vdi snapshot -s before-upgrade disk1\n  dog vdi snapshot -rv disk1\n\n\
+        The old VDI id becomes the snapshot; the volume goes on under a new id.")]
+    Snapshot(Snapshot),
+    /// Create a VDI whose content is that of a snapshot
+    #[command(after_help = "Example:\n  dog vdi clone -s before-upgrade disk1 disk2\n\n\
+        The clone has the object size of the snapshot and shares its objects until they are written.")]
+    Clone(Clone),
+    /// Delete a VDI or a snapshot
+    #[command(after_help = "Examples:\n  dog vdi delete disk1\n  dog vdi delete -s before-upgrade disk1\n\n\
+        Differs from the old tool: exits 1 when nothing was deleted; the old one exited 0.\n\
+        -B and -I are accepted and mean nothing: the cluster drops the objects by itself, at its own pace.")]
+    Delete(Delete),
+    /// Go back to a snapshot, discarding what was written since
+    #[command(after_help = "Examples:\n  dog vdi rollback -s before-upgrade disk1\n  \
+        dog vdi rollback -f -s 3 disk1\n\nShut down what uses the volume first.")]
+    Rollback(Rollback),
+    /// List VDIs, or one and its snapshots
+    #[command(after_help = "Examples:\n  dog vdi list\n  dog vdi list -r disk1\n  dog vdi list --json\n\n\
+        Flags: s snapshot, c clone. Order: by VDI id.\n\
+        Differs from the old tool: exits 1 when the header of a VDI could not be read.")]
+    List(List),
+    /// Show which snapshot grew from which
+    #[command(after_help = "Example:\n  dog vdi tree")]
+    Tree,
+    /// Show where the objects of a VDI are, or which it has
+    #[command(after_help = "Examples:\n  dog vdi object map disk1\n  dog vdi object location disk1\n  \
+        dog vdi object location -i 12 disk1\n\nDiffers from the old tool: the nodes are asked; \
+        where objects should be is not computed here.")]
+    Object(Object),
+    /// Set or delete an attribute of a VDI
+    #[command(
+        after_help = "Examples:\n  dog vdi setattr disk1 owner alice\n  dog vdi setattr disk1 notes < notes.txt\n  \
+        dog vdi setattr -d disk1 owner\n\nDiffers from the old tool: a key or value that is too long is refused, not cut."
+    )]
+    Setattr(Setattr),
+    /// Print an attribute of a VDI
+    #[command(
+        after_help = "Example:\n  dog vdi getattr disk1 owner\n\nThe value is printed as it is, without a newline.\n\
+        Differs from the old tool: exits 5 only when the attribute or the VDI is missing."
+    )]
+    Getattr(Getattr),
+    /// Make a VDI larger
+    #[command(after_help = "Example:\n  dog vdi resize disk1 40G")]
+    Resize(Resize),
+    /// Write the content of a VDI to standard output
+    #[command(
+        after_help = "Examples:\n  dog vdi read disk1 > disk1.raw\n  dog vdi read -s before-upgrade disk1 1M 512"
+    )]
+    Read(Read),
+    /// Write standard input to a VDI
+    #[command(after_help = "Examples:\n  dog vdi write disk1 < disk1.raw\n  echo hello | dog vdi write disk1 4k\n  \
+        dog vdi write disk1 0 512 < sector\n\nDiffers from the old tool:\n  \
+        Without a length exactly the bytes of standard input are written; the rest of the last object stays.\n  \
+        With a length exactly that many bytes are written, missing ones as zeros.\n  \
+        Zeros written where the volume has a hole take no space.\n  \
+        Input that continues beyond the end of the VDI is an error (exit 1), not dropped in silence.")]
+    Write(Write),
+}
+
+/// `-s`, for commands that work on snapshots too.
+#[derive(Debug, Args)]
+pub struct SnapshotWord {
+    /// Tag or id of a snapshot; all digits are an id
+    #[arg(id = "snapshot", short = 's', long = "snapshot", value_name = "TAG|ID", allow_hyphen_values = true)]
+    pub word: Option<OsString>,
+}
+
+#[derive(Debug, Args)]
+#[allow(missing_docs)]
+pub struct Check {
+    #[command(flatten)]
+    pub snapshot: SnapshotWord,
+    /// Only report missing objects (not available in this version)
+    #[arg(short, long)]
+    pub exist: bool,
+    /// Name of the VDI
+    pub vdi: OsString,
+}
+
+#[derive(Debug, Args)]
+#[allow(missing_docs)]
+pub struct Create {
+    /// Allocate every object now
+    #[arg(short = 'P', long)]
+    pub prealloc: bool,
+    /// A volume of more than 2^20 objects (not available in this version)
+    #[arg(short = 'y', long)]
+    pub hyper: bool,
+    /// Copies of each object, 1 to 31 [default: the cluster's]
+    #[arg(short, long, value_name = "COPIES", allow_hyphen_values = true)]
+    pub copies: Option<String>,
+    /// Object size as a power of two, 20 to 31 [default: the cluster's]
+    #[arg(short = 'z', long = "block_size_shift", value_name = "SHIFT", allow_hyphen_values = true)]
+    pub block_size_shift: Option<String>,
+    /// With -v, print the bare id
+    #[arg(short, long)]
+    pub raw: bool,
+    /// Print the id of the new VDI
+    #[arg(short, long)]
+    pub verbose: bool,
+    /// Name of the new VDI
+    pub vdi: OsString,
+    /// Size, such as 20G
+    pub size: Option<String>,
+}
+
+#[derive(Debug, Args)]
+#[allow(missing_docs)]
+pub struct Snapshot {
+    /// Tag of the new snapshot; not a number
+    #[arg(short = 's', long = "snapshot", value_name = "TAG", allow_hyphen_values = true)]
+    pub tag: Option<OsString>,
+    /// Do nothing if nothing was written since the last snapshot
+    #[arg(short = 'R', long)]
+    pub reduce_identical_snapshots: bool,
+    /// With -v, print the bare ids
+    #[arg(short, long)]
+    pub raw: bool,
+    /// Print the ids of volume and snapshot
+    #[arg(short, long)]
+    pub verbose: bool,
+    /// Name of the VDI
+    pub vdi: OsString,
+}
+
+#[derive(Debug, Args)]
+#[allow(missing_docs)]
+pub struct Clone {
+    #[command(flatten)]
+    pub snapshot: SnapshotWord,
+    /// Allocate every object now (not available in this version)
+    #[arg(short = 'P', long)]
+    pub prealloc: bool,
+    /// Copy the data instead of sharing it (not available in this version)
+    #[arg(short, long)]
+    pub no_share: bool,
+    /// With -v, print the bare id
+    #[arg(short, long)]
+    pub raw: bool,
+    /// Print the id of the new VDI
+    #[arg(short, long)]
+    pub verbose: bool,
+    /// Name of the VDI that has the snapshot
+    pub source: OsString,
+    /// Name of the new VDI
+    pub target: Option<OsString>,
+}
+
+#[derive(Debug, Args)]
+#[allow(missing_docs)]
+pub struct Delete {
+    #[command(flatten)]
+    pub snapshot: SnapshotWord,
+    /// Accepted for old scripts, without effect
+    #[arg(short = 'B', long, value_name = "N")]
+    pub nr_batched_reclamation: Option<String>,
+    /// Accepted for old scripts, without effect
+    #[arg(short = 'I', long, value_name = "SECONDS")]
+    pub reclamation_interval: Option<String>,
+    /// Drop at most N objects and keep the VDI (not available in this version)
+    #[arg(short, long, value_name = "N")]
+    pub max_reclaim: Option<String>,
+    /// Name of the VDI
+    pub vdi: OsString,
+}
+
+#[derive(Debug, Args)]
+#[allow(missing_docs)]
+pub struct Rollback {
+    #[command(flatten)]
+    pub snapshot: SnapshotWord,
+    /// Do not ask
+    #[arg(short, long)]
+    pub force: bool,
+    /// Accepted for old scripts, without effect
+    #[arg(short = 'B', long, value_name = "N")]
+    pub nr_batched_reclamation: Option<String>,
+    /// Accepted for old scripts, without effect
+    #[arg(short = 'I', long, value_name = "SECONDS")]
+    pub reclamation_interval: Option<String>,
+    /// With -v, print the bare id
+    #[arg(short, long)]
+    pub raw: bool,
+    /// Print the new id of the VDI
+    #[arg(short, long)]
+    pub verbose: bool,
+    /// Name of the VDI
+    pub vdi: OsString,
+}
+
+#[derive(Debug, Args)]
+#[allow(missing_docs)]
+pub struct List {
+    /// Only VDIs that use the data object with this id (hexadecimal)
+    #[arg(short, long, value_name = "OID")]
+    pub oid: Option<String>,
+    /// Bare values, separated by blanks
+    #[arg(short, long, conflicts_with = "json")]
+    pub raw: bool,
+    /// As JSON
+    #[arg(long)]
+    pub json: bool,
+    /// Only the VDI of this name and its snapshots
+    pub vdi: Option<OsString>,
+}
+
+#[derive(Debug, Args)]
+#[allow(missing_docs)]
+pub struct Object {
+    /// Index of a data object, decimal or 0x...
+    #[arg(short, long, value_name = "INDEX", allow_hyphen_values = true)]
+    pub index: Option<String>,
+    #[command(flatten)]
+    pub snapshot: SnapshotWord,
+    /// location: which nodes have an object; map: which VDI owns each object
+    #[arg(value_name = "location|map")]
+    pub nested: Option<String>,
+    /// Name of the VDI
+    pub vdi: Option<OsString>,
+}
+
+#[derive(Debug, Args)]
+#[allow(missing_docs)]
+pub struct Setattr {
+    /// Delete the attribute
+    #[arg(short, long)]
+    pub delete: bool,
+    /// Fail if the attribute exists
+    #[arg(short = 'x', long)]
+    pub exclusive: bool,
+    /// Name of the VDI
+    pub vdi: OsString,
+    /// Name of the attribute
+    pub key: Option<OsString>,
+    /// Its value; standard input when left out
+    pub value: Option<OsString>,
+}
+
+#[derive(Debug, Args)]
+#[allow(missing_docs)]
+pub struct Getattr {
+    /// Name of the VDI
+    pub vdi: OsString,
+    /// Name of the attribute
+    pub key: Option<OsString>,
+}
+
+#[derive(Debug, Args)]
+#[allow(missing_docs)]
+pub struct Resize {
+    /// Name of the VDI
+    pub vdi: OsString,
+    /// New size, such as 40G
+    pub size: Option<String>,
+}
+
+#[derive(Debug, Args)]
+#[allow(missing_docs)]
+pub struct Read {
+    #[command(flatten)]
+    pub snapshot: SnapshotWord,
+    /// Name of the VDI
+    pub vdi: OsString,
+    /// Where to begin [default: 0]
+    pub offset: Option<String>,
+    /// How much [default: to the end]
+    pub length: Option<String>,
+}
+
+#[derive(Debug, Args)]
+#[allow(missing_docs)]
+pub struct Write {
+    /// Accepted for old scripts, without effect
+    #[arg(short, long)]
+    pub writeback: bool,
+    /// Name of the VDI
+    pub vdi: OsString,
+    /// Where to begin [default: 0]
+    pub offset: Option<String>,
+    /// How much [default: what standard input has]
+    pub length: Option<String>,
+}
+
+/// The second word after `node`.
+#[derive(Debug, Subcommand)]
+#[allow(missing_docs)]
+pub enum Node {
+    /// Stop a node
+    #[command(
+        after_help = "Example:\n  dog node kill 2\n\nIds are those of `dog node list`; they change when nodes come and go."
+    )]
+    Kill(Kill),
+    /// List the nodes
+    #[command(after_help = "Examples:\n  dog node list\n  dog node list -r\n  dog node list --json")]
+    List(Shape),
+    /// Show the space of each node
+    #[command(after_help = "Examples:\n  dog node info\n  dog node info --json\n\n\
+        Differs from the old tool: keeps the id of a node when another does not answer, and then exits 2.")]
+    Info(Shape),
+    /// Show which nodes are still receiving copies
+    #[command(
+        after_help = "Examples:\n  dog node recovery\n  until [ $(dog node recovery -r | wc -l) = 0 ]; do sleep 1; done\n\n\
+        Two header lines and nothing else: no node is recovering."
+    )]
+    Recovery(Recovery),
+}
+
+/// How to print.
+#[derive(Debug, Args)]
+pub struct Shape {
+    /// Bare values, separated by blanks
+    #[arg(short, long, conflicts_with = "json")]
+    pub raw: bool,
+    /// As JSON
+    #[arg(long)]
+    pub json: bool,
+}
+
+#[derive(Debug, Args)]
+#[allow(missing_docs)]
+pub struct Kill {
+    /// Accepted for old scripts, without effect
+    #[arg(short, long)]
+    pub raw: bool,
+    /// Stop the node that is asked (-a, -p)
+    #[arg(short, long)]
+    pub local: bool,
+    /// Id of the node
+    pub id: Option<String>,
+}
+
+#[derive(Debug, Args)]
+#[allow(missing_docs)]
+pub struct Recovery {
+    #[command(flatten)]
+    pub shape: Shape,
+    /// Draw progress (not available in this version)
+    #[arg(short = 'P', long)]
+    pub progress: bool,
+    /// info, which is also the default
+    #[arg(value_name = "info")]
+    pub nested: Option<String>,
+}
+
+/// The second word after `cluster`.
+#[derive(Debug, Subcommand)]
+#[allow(missing_docs)]
+pub enum Cluster {
+    /// Show the state of the cluster and the history of its members
+    #[command(after_help = "Examples:\n  dog cluster info\n  dog cluster info -v\n  dog cluster info --json\n\n\
+        What the cluster waits for, if anything, follows the status.")]
+    Info(Info),
+    /// Make the cluster ready for use, discarding everything in it
+    #[command(after_help = "Examples:\n  dog cluster format\n  dog cluster format -c 2 -z 23\n\n\
+        Differs from the old tool: -f also skips the question about more copies than zones.")]
+    Format(Format),
+    /// Stop all nodes
+    #[command(after_help = "Example:\n  dog cluster shutdown")]
+    Shutdown,
+    /// Go on without the nodes that are missing
+    #[command(after_help = "Example:\n  dog cluster recover force\n\n\
+        Only when the missing nodes are lost for good: what only they had is lost with them.")]
+    Recover(Recover),
+}
+
+#[derive(Debug, Args)]
+#[allow(missing_docs)]
+pub struct Info {
+    #[command(flatten)]
+    pub shape: Shape,
+    /// Show who joined and left with each epoch
+    #[arg(short, long)]
+    pub diff: bool,
+    /// Show redundancy and strategies too
+    #[arg(short, long)]
+    pub verbose: bool,
+}
+
+#[derive(Debug, Args)]
+#[allow(missing_docs)]
+pub struct Format {
+    /// Kind of store
+    #[arg(short = 'b', long, value_name = "STORE", default_value = "plain")]
+    pub store: String,
+    /// Copies of each object, 1 to 31 [default: 3]
+    #[arg(short, long, value_name = "COPIES", allow_hyphen_values = true)]
+    pub copies: Option<String>,
+    /// Let only one client open a volume
+    #[arg(short, long)]
+    pub lock: bool,
+    /// Refuse writes that cannot have all copies
+    #[arg(short = 't', long)]
+    pub strict: bool,
+    /// Object size as a power of two, 20 to 31 [default: 22]
+    #[arg(short = 'z', long = "block_size_shift", value_name = "SHIFT", allow_hyphen_values = true)]
+    pub block_size_shift: Option<String>,
+    /// Use the vnode counts that the nodes were started with
+    #[arg(short = 'V', long)]
+    pub fixedvnodes: bool,
+    /// Give out the ids of deleted VDIs again
+    #[arg(short = 'R', long)]
+    pub recyclevid: bool,
+    /// Do not ask
+    #[arg(short, long)]
+    pub force: bool,
+    /// Do not fill disks up when recovering
+    #[arg(short = 'F', long = "avoid-diskfull")]
+    pub avoid_diskfull: bool,
+}
+
+#[derive(Debug, Args)]
+#[allow(missing_docs)]
+pub struct Recover {
+    /// Do not ask
+    #[arg(short, long)]
+    pub force: bool,
+    /// force: go on without the missing nodes
+    #[arg(value_name = "force")]
+    pub nested: Option<String>,
+}

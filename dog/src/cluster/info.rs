@@ -1,0 +1,173 @@
+//! `dog cluster info`
+
+use qemu_proto::cluster_info::{EPOCH_BYTES, EpochEntry};
+use qemu_proto::flags::RequestFlags;
+use qemu_proto::frame::OTHER_BYTES_MAX;
+use qemu_proto::node_entry::{NODE_BYTES, NODES_MAX};
+use qemu_proto::opcode::Opcode;
+use qemu_proto::request::{ClusterRequest, Request};
+use qemu_proto::status::Status;
+use serde_json::Value;
+
+use crate::args;
+use crate::connect::{Refusal, Sheep};
+use crate::exit::Failure;
+use crate::meaning::{self, Target, shown};
+use crate::report::{Form, Report};
+use crate::requests::{self, Node};
+
+/// Epochs that may begin between two requests.
+const EPOCHS_SPARE: usize = 8;
+const DISK_MODE: u16 = 0x0002;
+const AUTO_VNODES: u16 = 0x0004;
+/// Most of the cluster's own report that is read.
+const REPORT_BYTES_MAX: u32 = 1 << 20;
+
+/// The members of one epoch.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct EpochRow {
+    /// Its number.
+    pub epoch: u32,
+    /// When it began, in Unix seconds.
+    pub began: i64,
+    /// By address and port.
+    pub nodes: Vec<Node>,
+}
+
+/// What is known only of a formatted cluster.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Formatted {
+    /// When, in Unix seconds.
+    pub created: i64,
+    /// The name of its store.
+    pub store: String,
+    /// `3`, or `4:2`.
+    pub redundancy: String,
+    /// Whether vnodes follow from space.
+    pub has_auto_vnodes: bool,
+    /// Whether each disk has vnodes of its own.
+    pub has_disk_vnodes: bool,
+}
+
+/// The state of the cluster.
+#[derive(Clone, PartialEq, Debug)]
+pub struct State {
+    /// `running, auto-recovery enabled`, or what it waits for.
+    pub status: String,
+    /// `None` before it is formatted.
+    pub formatted: Option<Formatted>,
+    /// Newest first.
+    pub epochs: Vec<EpochRow>,
+    /// What the cluster waits for, one line each.
+    pub waiting: Vec<String>,
+    /// All that the cluster reports about itself.
+    pub report: Value,
+    /// Whether redundancy and strategies are shown.
+    pub is_verbose: bool,
+    /// Whether changes of members are shown instead of members.
+    pub shows_changes: bool,
+}
+
+/// Runs the command.
+pub fn run(typed: &args::Info, target: Target) -> Result<Report, Failure> {
+    let mut sheep = Sheep::connect(target)?;
+    let list = requests::node_list(&mut sheep)?;
+    let (result, entries) = epochs(&mut sheep, list.epoch as usize, list.nodes.len())?;
+    let report = own_report(&mut sheep)?;
+    let mut state = state(result, &entries, report);
+    state.is_verbose = typed.verbose;
+    state.shows_changes = typed.diff;
+    Ok(Report::new(Form::of(typed.shape.raw, typed.shape.json), state))
+}
+
+/// Asks for all epochs, with room for as many nodes as the largest had.
+fn epochs(sheep: &mut Sheep, epoch_count: usize, node_count: usize) -> Result<(u32, Vec<EpochEntry>), Failure> {
+    let mut nodes_nr = node_count.clamp(16, NODES_MAX);
+    loop {
+        let body = ClusterRequest { nodes_nr: nodes_nr as u32, ..ClusterRequest::default() };
+        let mut request = Request::cluster(Opcode::StatCluster, RequestFlags::NONE, body);
+        let wanted = (epoch_count + EPOCHS_SPARE).saturating_mul(EPOCH_BYTES + nodes_nr * NODE_BYTES);
+        request.data_length = wanted.min(OTHER_BYTES_MAX) as u32;
+        let (response, answer) = sheep.ask(request, &[]).map_err(|trouble| trouble.or(cannot_tell))?;
+        if response.result == Status::BufferSmall.code() && nodes_nr < NODES_MAX {
+            nodes_nr = (nodes_nr * 2).min(NODES_MAX);
+            continue;
+        }
+        let whole = answer.len() - answer.len() % (EPOCH_BYTES + nodes_nr * NODE_BYTES);
+        let entries = EpochEntry::decode_all(&answer[..whole], nodes_nr)
+            .map_err(|_| Failure::system(format!("{} sent a history of epochs that is cut short", sheep.target())))?;
+        return Ok((response.result, entries));
+    }
+}
+
+fn cannot_tell(reason: Refusal) -> Failure {
+    Failure::system(format!("Failed to get the state of the cluster: {reason}"))
+}
+
+/// What the cluster says about itself beyond the old protocol; null where it says nothing.
+fn own_report(sheep: &mut Sheep) -> Result<Value, Failure> {
+    let mut request = Request::plain(Opcode::ClusterReport);
+    request.data_length = REPORT_BYTES_MAX;
+    match sheep.call(request, &[]) {
+        Ok((_, answer)) => Ok(serde_json::from_slice(&answer).unwrap_or(Value::Null)),
+        Err(trouble @ crate::connect::Trouble::Lost(_)) => Err(trouble.or(cannot_tell)),
+        Err(crate::connect::Trouble::Refused(_)) => Ok(Value::Null),
+    }
+}
+
+fn state(result: u32, entries: &[EpochEntry], report: Value) -> State {
+    let newest = entries.first();
+    let status = if result == Status::Success.code() {
+        let is_held = newest.is_some_and(|entry| entry.disable_recovery != 0);
+        format!("running, auto-recovery {}", if is_held { "disabled" } else { "enabled" })
+    } else {
+        Refusal(result).to_string()
+    };
+    let is_formatted = result != Status::WaitForFormat.code();
+    let formatted = newest.filter(|entry| is_formatted && entry.ctime != 0).map(|entry| Formatted {
+        created: meaning::seconds(entry.ctime),
+        store: shown(entry.driver_name()).into_owned(),
+        redundancy: requests::redundancy(entry.nr_copies, entry.copy_policy),
+        has_auto_vnodes: entry.flags & AUTO_VNODES != 0,
+        has_disk_vnodes: entry.flags & DISK_MODE != 0,
+    });
+    let waiting = report.get("waiting").and_then(Value::as_array).map(Vec::as_slice).unwrap_or_default();
+    let waiting = waiting.iter().filter_map(Value::as_str).map(str::to_owned).collect();
+    let mut epochs: Vec<EpochRow> = entries.iter().map(epoch_row).collect();
+    epochs.sort_by_key(|row| std::cmp::Reverse(row.epoch));
+    State { status, formatted, epochs, waiting, report, is_verbose: false, shows_changes: false }
+}
+
+fn epoch_row(entry: &EpochEntry) -> EpochRow {
+    let mut nodes: Vec<Node> = entry.nodes.iter().copied().map(Node::from).collect();
+    nodes.sort_unstable();
+    EpochRow { epoch: entry.epoch, began: meaning::seconds(entry.time), nodes }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    #[test]
+    fn the_status_is_a_text_and_the_report_tells_what_is_waited_for() {
+        let entry = EpochEntry {
+            ctime: 7 << 32,
+            time: 8 << 32,
+            epoch: 1,
+            nr_copies: 3,
+            flags: AUTO_VNODES,
+            ..EpochEntry::default()
+        };
+        let waits = state(0x17, std::slice::from_ref(&entry), json!({"waiting": ["for two nodes"]}));
+        assert_eq!(waits.status, "Waiting for other nodes to join cluster");
+        assert_eq!(waits.waiting, ["for two nodes"]);
+        let formatted = waits.formatted.expect("it was formatted");
+        assert_eq!((formatted.created, formatted.redundancy.as_str()), (7, "3"));
+        assert!(formatted.has_auto_vnodes && !formatted.has_disk_vnodes);
+        let held = state(0, &[EpochEntry { disable_recovery: 1, ..entry }], Value::Null);
+        assert_eq!(held.status, "running, auto-recovery disabled");
+        let fresh = state(0x16, &[], Value::Null);
+        assert_eq!((fresh.status.as_str(), fresh.formatted), ("Waiting for cluster to be formatted", None));
+    }
+}

@@ -1,0 +1,21 @@
+//! `dog cluster`: one file per subcommand.
+
+use crate::args::Cluster;
+use crate::exit::Failure;
+use crate::meaning::Target;
+use crate::report::Report;
+
+mod format;
+pub mod info;
+mod recover;
+mod shutdown;
+
+/// Runs a subcommand.
+pub fn run(command: &Cluster, target: Target) -> Result<Report, Failure> {
+    match command {
+        Cluster::Info(typed) => info::run(typed, target),
+        Cluster::Format(typed) => format::run(typed, target),
+        Cluster::Shutdown => shutdown::run(target),
+        Cluster::Recover(typed) => recover::run(typed, target),
+    }
+}

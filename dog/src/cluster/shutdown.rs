@@ -1,0 +1,17 @@
+//! `dog cluster shutdown`
+
+use qemu_proto::opcode::Opcode;
+use qemu_proto::request::Request;
+
+use crate::connect::Sheep;
+use crate::exit::Failure;
+use crate::meaning::Target;
+use crate::report::Report;
+
+/// Runs the command.
+pub fn run(target: Target) -> Result<Report, Failure> {
+    Sheep::connect(target)?
+        .call(Request::plain(Opcode::Shutdown), &[])
+        .map_err(|trouble| trouble.or(|reason| Failure::failed(format!("failed to execute request, {reason}"))))?;
+    Ok(Report::silent())
+}

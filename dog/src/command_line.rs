@@ -1,0 +1,265 @@
+//! From the words of a command line to [`Typed`], or to the texts that the old tool gave for a wrong one.
+//!
+//! The first two words are looked at before the options: no option may precede them, and they are never abbreviated.
+
+use std::ffi::OsString;
+use std::fmt::Write as _;
+
+use clap::builder::StyledStr;
+use clap::error::{ContextKind, ContextValue, ErrorKind};
+use clap::{CommandFactory, FromArgMatches};
+
+use crate::args::Typed;
+use crate::exit::Exit;
+
+/// What the old tool had and this one has not (yet): command, subcommands.
+const NOT_AVAILABLE: &[(&str, &[&str])] = &[
+    ("vdi", &["graph", "track", "backup", "restore", "alter-copy", "lock"]),
+    ("node", &["md", "stat", "log", "vnodes", "format"]),
+    ("cluster", &["reweight", "check", "snapshot", "alter-copy"]),
+    ("upgrade", &[]),
+    ("benchmark", &[]),
+    ("trace", &[]),
+    ("nfs", &[]),
+];
+
+const TRY_HELP: &str = "Try 'dog --help' for more information.\n";
+
+/// A command line that can be run.
+#[derive(Debug)]
+pub struct Parsed {
+    /// What was typed.
+    pub typed: Typed,
+    /// The usage of its subcommand, for handlers that find the arguments wrong.
+    pub usage: String,
+}
+
+/// A command line that is answered without asking the cluster.
+#[derive(PartialEq, Eq, Debug)]
+pub struct Answered {
+    /// For standard output.
+    pub out: String,
+    /// For standard error.
+    pub err: String,
+    /// The exit code.
+    pub exit: Exit,
+}
+
+impl Answered {
+    fn out(out: String, exit: Exit) -> Answered {
+        Answered { out, err: String::new(), exit }
+    }
+
+    fn err(err: String, exit: Exit) -> Answered {
+        Answered { out: String::new(), err, exit }
+    }
+}
+
+/// Understands the words after the program's name.
+pub fn parse(words: &[OsString]) -> Result<Parsed, Answered> {
+    let mut tree = Typed::command();
+    tree.build();
+    let first = words.first().map(|word| word.to_string_lossy().into_owned());
+    let Some(first) = first.filter(|word| !matches!(word.as_str(), "help" | "--help" | "-h")) else {
+        return Err(Answered::out(overview(&tree), Exit::Success));
+    };
+    let second = words.get(1).map(|word| word.to_string_lossy().into_owned());
+    check_known(&tree, &first, second.as_deref())?;
+    let second = second.expect("a missing second word was answered");
+    let usage = usage_of(&mut tree, &first, &second);
+    let argv = std::iter::once(OsString::from("dog")).chain(words.iter().cloned());
+    let typed = tree.try_get_matches_from(argv).and_then(|matches| Typed::from_arg_matches(&matches));
+    match typed {
+        Ok(typed) => Ok(Parsed { typed, usage }),
+        Err(error) => Err(answer_to(&error, &first, &second, &usage)),
+    }
+}
+
+/// Answers unless both words name something that can be run.
+fn check_known(tree: &clap::Command, first: &str, second: Option<&str>) -> Result<(), Answered> {
+    let known_first = NOT_AVAILABLE.iter().find(|(command, _)| *command == first);
+    let Some(command) = tree.get_subcommands().find(|command| command.get_name() == first) else {
+        return Err(match known_first {
+            Some(_) => {
+                Answered::err(format!("'dog {first}' is not available in this version\n{TRY_HELP}"), Exit::Failure)
+            }
+            None => Answered::err(format!("Invalid command '{first}'\n{TRY_HELP}"), Exit::Usage),
+        });
+    };
+    if command.get_subcommands().any(|subcommand| Some(subcommand.get_name()) == second) {
+        return Ok(());
+    }
+    let mut err = String::new();
+    if let Some(second) = second.filter(|word| !matches!(*word, "help" | "--help" | "-h")) {
+        if known_first.is_some_and(|(_, subcommands)| subcommands.contains(&second)) {
+            let text = format!("'dog {first} {second}' is not available in this version\n{TRY_HELP}");
+            return Err(Answered::err(text, Exit::Failure));
+        }
+        err = format!("Invalid command '{first} {second}'\n");
+    }
+    let _ = writeln!(err, "Available {first} commands:");
+    for subcommand in command.get_subcommands() {
+        let _ = writeln!(err, "  {first} {}", subcommand.get_name());
+    }
+    Err(Answered::err(err, Exit::Usage))
+}
+
+fn usage_of(tree: &mut clap::Command, first: &str, second: &str) -> String {
+    let command = tree.find_subcommand_mut(first).and_then(|command| command.find_subcommand_mut(second));
+    let command = command.expect("both words were found in the tree");
+    command.render_help().to_string()
+}
+
+fn overview(tree: &clap::Command) -> String {
+    let mut text = String::from("dog manages a sheep cluster.\n\nUsage: dog COMMAND SUBCOMMAND [OPTIONS]\n");
+    for command in tree.get_subcommands() {
+        let about = command.get_about().map(StyledStr::to_string).unwrap_or_default();
+        let _ = writeln!(text, "\n{about}:");
+        for subcommand in command.get_subcommands() {
+            let name = format!("{} {}", command.get_name(), subcommand.get_name());
+            let about = subcommand.get_about().map(StyledStr::to_string).unwrap_or_default();
+            let _ = writeln!(text, "  {name:<22}  {about}");
+        }
+    }
+    text.push_str(
+        "\nExamples:\n  dog cluster format -c 3\n  dog vdi create disk1 20G\n  dog vdi list\n\n\
+         See 'dog COMMAND SUBCOMMAND --help' for the options of one, with examples.\n\
+         SHEEPDOG_DOG_ADDR and SHEEPDOG_DOG_PORT name the sheep to ask; -a and -p win over them.\n\
+         SHEEPDOG_DOG_LOG, when set, records every call in the system log, or in the file that\n\
+         SHEEPDOG_DOG_LOG_PATH names.\n",
+    );
+    text
+}
+
+fn answer_to(error: &clap::Error, first: &str, second: &str, usage: &str) -> Answered {
+    let argument = match error.get(ContextKind::InvalidArg) {
+        Some(ContextValue::String(argument)) => argument.clone(),
+        Some(ContextValue::Strings(arguments)) => arguments.join(" "),
+        _ => String::new(),
+    };
+    match error.kind() {
+        ErrorKind::DisplayHelp => Answered::out(usage.to_owned(), Exit::Success),
+        ErrorKind::MissingRequiredArgument => Answered {
+            out: usage.to_owned(),
+            err: format!("dog {first} {second}: {argument} is missing\n"),
+            exit: Exit::Usage,
+        },
+        ErrorKind::UnknownArgument => {
+            let reason = if argument.starts_with("--") {
+                format!("unrecognized option '{argument}'")
+            } else if let Some(letter) = argument.strip_prefix('-') {
+                format!("invalid option -- '{letter}'")
+            } else {
+                format!("unexpected argument '{argument}'")
+            };
+            Answered::err(format!("dog {first} {second}: {reason}\n{TRY_HELP}"), Exit::Usage)
+        }
+        _ => {
+            let text = error.render().to_string();
+            let reason = text.lines().next().unwrap_or_default();
+            let reason = reason.strip_prefix("error: ").unwrap_or(reason);
+            Answered::err(format!("dog {first} {second}: {reason}\n{TRY_HELP}"), Exit::Usage)
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::args::{Cluster, Command, Node, Vdi};
+
+    fn parse_text(line: &str) -> Result<Parsed, Answered> {
+        parse(&line.split_whitespace().map(OsString::from).collect::<Vec<_>>())
+    }
+
+    fn refused(line: &str) -> Answered {
+        parse_text(line).expect_err(line)
+    }
+
+    #[test]
+    fn the_tree_is_sound() {
+        Typed::command().debug_assert();
+    }
+
+    #[test]
+    fn options_cluster_and_may_be_cut_and_mixed() {
+        for line in ["vdi list -rp7800 name", "vdi list name --ra --po=7800", "vdi list --raw -p 7800 -- name"] {
+            let typed = parse_text(line).expect(line).typed;
+            assert_eq!(typed.port.as_deref(), Some("7800"), "{line}");
+            let Command::Vdi(Vdi::List(list)) = typed.command else { panic!("{line}") };
+            assert!(list.raw && list.vdi.is_some_and(|name| name == "name"), "{line}");
+        }
+        let Command::Vdi(Vdi::Create(create)) = parse_text("vdi create -c2 -Pv d 1G").expect("create").typed.command
+        else {
+            panic!("not a create")
+        };
+        assert!(create.prealloc && create.verbose && create.copies.as_deref() == Some("2"));
+        let recover = parse_text("cluster recover -f force").expect("recover").typed.command;
+        assert!(matches!(recover, Command::Cluster(Cluster::Recover(recover)) if recover.force));
+    }
+
+    #[test]
+    fn the_last_of_repeated_options_counts() {
+        let typed = parse_text("node list -p 1 -p 2 -r -r").expect("repeated").typed;
+        assert_eq!(typed.port.as_deref(), Some("2"));
+        assert!(matches!(typed.command, Command::Node(Node::List(shape)) if shape.raw));
+    }
+
+    #[test]
+    fn wrong_words_get_the_texts_of_the_old_tool() {
+        let answered = refused("-v");
+        assert_eq!(answered.err, "Invalid command '-v'\nTry 'dog --help' for more information.\n");
+        assert_eq!(answered.exit, Exit::Usage);
+        let answered = refused("node frobnicate");
+        assert_eq!(
+            answered.err,
+            "Invalid command 'node frobnicate'\nAvailable node commands:\n  node kill\n  node list\n  node info\n  \
+             node recovery\n"
+        );
+        assert_eq!(answered.exit, Exit::Usage);
+        for line in ["vdi", "vdi help", "vdi --help"] {
+            let answered = refused(line);
+            assert!(answered.err.starts_with("Available vdi commands:\n  vdi check\n"), "{}", answered.err);
+            assert_eq!(answered.exit, Exit::Usage);
+        }
+        let answered = refused("vdi list -q");
+        assert!(answered.err.contains("invalid option -- 'q'\nTry 'dog --help'"), "{}", answered.err);
+        assert_eq!(answered.exit, Exit::Usage);
+        let answered = refused("vdi list --frob");
+        assert!(answered.err.contains("unrecognized option '--frob'"), "{}", answered.err);
+        let answered = refused("vdi delete a b");
+        assert!(answered.err.contains("unexpected argument 'b'"), "{}", answered.err);
+        assert_eq!(answered.exit, Exit::Usage);
+    }
+
+    #[test]
+    fn help_is_on_standard_output_and_succeeds() {
+        for line in ["", "help", "--help", "-h"] {
+            let answered = refused(line);
+            assert_eq!((answered.exit, answered.err.as_str()), (Exit::Success, ""), "{line}");
+            assert!(answered.out.contains("vdi create"), "{line}");
+        }
+        let answered = refused("vdi create -h");
+        assert_eq!((answered.exit, answered.err.as_str()), (Exit::Success, ""));
+        assert!(answered.out.contains("Usage: dog vdi create"), "{}", answered.out);
+        assert!(answered.out.contains("\n  -P, --prealloc"), "{}", answered.out);
+        assert!(answered.out.contains("Examples:"), "{}", answered.out);
+    }
+
+    #[test]
+    fn a_missing_argument_shows_the_usage() {
+        let answered = refused("vdi delete");
+        assert_eq!(answered.exit, Exit::Usage);
+        assert!(answered.out.contains("Usage: dog vdi delete"), "{}", answered.out);
+        assert_eq!(answered.err, "dog vdi delete: <VDI> is missing\n");
+    }
+
+    #[test]
+    fn what_is_not_made_yet_says_so() {
+        for line in ["vdi track x", "upgrade inode-convert", "node md info"] {
+            let answered = refused(line);
+            assert!(answered.err.contains("is not available in this version"), "{line}: {}", answered.err);
+            assert_eq!(answered.exit, Exit::Failure, "{line}");
+        }
+    }
+}

@@ -1,0 +1,146 @@
+//! A connection to a sheep: one request, one answer, in turn.
+//!
+//! Always holds:
+//! 1. Connecting fails within [`CONNECT_DEADLINE`]; an answer is awaited for as long as it takes, because the cluster may be
+//!    recovering and answers when it has finished.
+//! 2. After an error of the connection nothing more is sent on it: commands end then.
+
+use std::fmt;
+use std::net::TcpStream;
+use std::time::Duration;
+
+use qemu_proto::exchange::exchange;
+use qemu_proto::opcode::CLIENT_VERSION_MAX;
+use qemu_proto::request::Request;
+use qemu_proto::response::Response;
+use qemu_proto::status::Status;
+
+use crate::exit::Failure;
+use crate::meaning::Target;
+
+/// A machine that is up answers or refuses at once; one that is down would keep the kernel trying for two minutes.
+const CONNECT_DEADLINE: Duration = Duration::from_secs(10);
+
+/// A connection.
+pub struct Sheep {
+    target: Target,
+    stream: TcpStream,
+}
+
+/// What the sheep said instead of doing what it was asked.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Refusal(pub u32);
+
+impl Refusal {
+    /// Whether it is this one.
+    pub fn is(self, status: Status) -> bool {
+        self.0 == status.code()
+    }
+}
+
+impl fmt::Display for Refusal {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match Status::from_code(self.0) {
+            Some(status) => f.write_str(status.text()),
+            None => write!(f, "Invalid error code {:x}", self.0),
+        }
+    }
+}
+
+/// Why a request was not done.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum Trouble {
+    /// The connection is gone; the failure is complete.
+    Lost(Failure),
+    /// The sheep answered, and said no.
+    Refused(Refusal),
+}
+
+impl Trouble {
+    /// The failure to end with; `explain` words a refusal.
+    pub fn or(self, explain: impl FnOnce(Refusal) -> Failure) -> Failure {
+        match self {
+            Trouble::Lost(failure) => failure,
+            Trouble::Refused(refusal) => explain(refusal),
+        }
+    }
+
+    /// Whether the sheep refused with this status.
+    pub fn is(&self, status: Status) -> bool {
+        matches!(self, Trouble::Refused(refusal) if refusal.is(status))
+    }
+}
+
+impl Sheep {
+    /// Connects.
+    pub fn connect(target: Target) -> Result<Sheep, Failure> {
+        let not_connected = |error: std::io::Error| {
+            // The system's text without Rust's "(os error N)", as scripts have it.
+            let text = error.to_string();
+            let reason = text.split(" (os error").next().unwrap_or_default().to_owned();
+            Failure::system(format!(
+                "failed to connect to {target}: {reason}; start a sheep there (sheep DIR -p {port}), or name a running \
+                 one with -a ADDRESS -p PORT",
+                port = target.0.port()
+            ))
+        };
+        let stream = TcpStream::connect_timeout(&target.0, CONNECT_DEADLINE).map_err(not_connected)?;
+        stream.set_nodelay(true).map_err(not_connected)?;
+        Ok(Sheep { target, stream })
+    }
+
+    /// Who is asked.
+    pub fn target(&self) -> Target {
+        self.target
+    }
+
+    /// Sends a request and waits for its answer, whatever that says.
+    pub fn ask(&mut self, mut request: Request, payload: &[u8]) -> Result<(Response, Vec<u8>), Trouble> {
+        if request.op().is_some_and(qemu_proto::opcode::Opcode::is_public) {
+            request.proto_ver = CLIENT_VERSION_MAX;
+        }
+        exchange(&mut self.stream, &request, payload).map_err(|error| {
+            Trouble::Lost(Failure::system(format!(
+                "lost the connection to {} before it answered: {error}; see the log of that sheep",
+                self.target
+            )))
+        })
+    }
+
+    /// Sends a request and waits for it to be done.
+    pub fn call(&mut self, request: Request, payload: &[u8]) -> Result<(Response, Vec<u8>), Trouble> {
+        let (response, answer) = self.ask(request, payload)?;
+        if response.result == Status::Success.code() {
+            Ok((response, answer))
+        } else {
+            Err(Trouble::Refused(Refusal(response.result)))
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::exit::Exit;
+    use std::net::TcpListener;
+
+    #[test]
+    fn a_refused_connection_says_what_to_do() {
+        let listener = TcpListener::bind("127.0.0.1:0").expect("a free port");
+        let address = listener.local_addr().expect("its address");
+        drop(listener);
+        let failure = Sheep::connect(Target(address)).err().expect("nobody listens");
+        assert_eq!(failure.exit, Exit::System);
+        assert!(
+            failure.message.starts_with(&format!("failed to connect to {address}: Connection refused;")),
+            "{failure}"
+        );
+        assert!(failure.message.contains("-a ADDRESS"), "{failure}");
+    }
+
+    #[test]
+    fn unknown_results_keep_their_number() {
+        assert_eq!(Refusal(0x16).to_string(), "Waiting for cluster to be formatted");
+        assert_eq!(Refusal(0xfe).to_string(), "Invalid error code fe");
+    }
+}

@@ -1,0 +1,234 @@
+//! What typed words mean: which sheep, which snapshot, how many copies, how many bytes.
+//!
+//! Each function takes a word and gives a value or the failure, text and exit code, that scripts know for a wrong one.
+
+use std::borrow::Cow;
+use std::ffi::OsStr;
+use std::fmt;
+use std::net::{SocketAddr, ToSocketAddrs};
+use std::os::unix::ffi::OsStrExt;
+
+use sheep_core::copy_policy::CopyPolicy;
+use sheep_core::units::parse_size;
+use sheep_core::vdi_name;
+
+use crate::exit::{Exit, Failure};
+
+/// Where a sheep listens unless told otherwise.
+const DEFAULT_ADDRESS: &str = "127.0.0.1";
+const DEFAULT_PORT: &str = "7000";
+const ADDRESS_VARIABLE: &str = "SHEEPDOG_DOG_ADDR";
+const PORT_VARIABLE: &str = "SHEEPDOG_DOG_PORT";
+
+/// Object sizes: 1 MiB to 2 GiB.
+const SHIFT_MIN: u8 = 20;
+const SHIFT_MAX: u8 = 31;
+
+/// The sheep to ask.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Target(pub SocketAddr);
+
+impl fmt::Display for Target {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        // Without the brackets of IPv6, as in all lists.
+        write!(f, "{}:{}", self.0.ip(), self.0.port())
+    }
+}
+
+/// The sheep that the options name, else the environment, else the one on this machine.
+pub fn target(
+    address: Option<&str>,
+    port: Option<&str>,
+    variable: impl Fn(&str) -> Option<String>,
+) -> Result<Target, Failure> {
+    let port = port.map(str::to_owned).or_else(|| variable(PORT_VARIABLE));
+    let port = self::port(port.as_deref().unwrap_or(DEFAULT_PORT))?;
+    let address = address.map(str::to_owned).or_else(|| variable(ADDRESS_VARIABLE));
+    let address = address.as_deref().unwrap_or(DEFAULT_ADDRESS);
+    let mut found = (address, port).to_socket_addrs().into_iter().flatten();
+    match found.next() {
+        Some(socket) if !address.is_empty() => Ok(Target(socket)),
+        _ => Err(Failure::failed(format!("Invalid ip address {address}"))),
+    }
+}
+
+/// As the C library's `strtoll` reads it: blanks and a plus sign may precede the digits.
+fn port(word: &str) -> Result<u16, Failure> {
+    let digits = word.trim_start_matches(|c: char| c.is_ascii_whitespace());
+    let digits = digits.strip_prefix('+').unwrap_or(digits);
+    let is_number = !digits.is_empty() && digits.bytes().all(|byte| byte.is_ascii_digit());
+    match digits.parse::<u16>() {
+        Ok(port) if is_number && port != 0 => Ok(port),
+        _ => Err(Failure::new(Exit::Usage, format!("Invalid port number '{word}'"))),
+    }
+}
+
+/// A volume's name.
+pub fn vdi_name(word: &OsStr) -> Result<&[u8], Failure> {
+    let name = word.as_bytes();
+    vdi_name::check_name(name)
+        .map_err(|error| Failure::failed(format!("Invalid VDI name '{}': {error}", shown(name))))?;
+    Ok(name)
+}
+
+/// A name or tag for messages: what is not UTF-8 is replaced.
+pub fn shown(name: &[u8]) -> Cow<'_, str> {
+    String::from_utf8_lossy(name)
+}
+
+/// Which of the VDIs of a name.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub struct Selector {
+    /// Empty: not by tag.
+    pub tag: Vec<u8>,
+    /// 0: not by id.
+    pub id: u32,
+}
+
+impl Selector {
+    /// The working VDI.
+    pub const CURRENT: Selector = Selector { tag: Vec::new(), id: 0 };
+
+    /// What `-s` says; without it, the working VDI. All digits are an id, anything else a tag.
+    pub fn of(word: Option<&OsStr>) -> Result<Selector, Failure> {
+        let Some(word) = word else { return Ok(Selector::CURRENT) };
+        if !is_number(word) {
+            return Ok(Selector { tag: tag(word)?, id: 0 });
+        }
+        let text = word.to_string_lossy();
+        match text.parse::<i128>() {
+            Ok(1..) => match text.parse::<u32>() {
+                Ok(id) => Ok(Selector { tag: Vec::new(), id }),
+                Err(_) => Err(Failure::failed(format!("The snapshot id {text} is larger than any snapshot has"))),
+            },
+            _ => Err(Failure::failed("The snapshot id must be larger than zero")),
+        }
+    }
+
+    /// Whether this is the working VDI.
+    pub fn is_current(&self) -> bool {
+        *self == Selector::CURRENT
+    }
+}
+
+/// Whether the whole word is a decimal number, with or without a sign.
+pub fn is_number(word: &OsStr) -> bool {
+    let bytes = word.as_bytes();
+    let digits = bytes.strip_prefix(b"-").or_else(|| bytes.strip_prefix(b"+")).unwrap_or(bytes);
+    !digits.is_empty() && digits.iter().all(u8::is_ascii_digit)
+}
+
+/// A tag; may be empty.
+pub fn tag(word: &OsStr) -> Result<Vec<u8>, Failure> {
+    let tag = word.as_bytes();
+    vdi_name::check_tag(tag)
+        .map_err(|error| Failure::failed(format!("Invalid snapshot tag '{}': {error}", shown(tag))))?;
+    Ok(tag.to_vec())
+}
+
+/// `-c`.
+pub fn copies(word: Option<&str>) -> Result<Option<CopyPolicy>, Failure> {
+    let Some(word) = word else { return Ok(None) };
+    match word.parse::<CopyPolicy>() {
+        Ok(policy) if policy.strips().is_some() => Err(Failure::not_available(&format!("Erasure coding (-c {word})"))
+            .then("Give a number of copies, such as -c 3")),
+        Ok(policy) => Ok(Some(policy)),
+        Err(error) => Err(Failure::failed(format!("Invalid parameter {word}\nThe value of -c {error}"))),
+    }
+}
+
+/// `-z`: log2 of the object size.
+pub fn shift(word: Option<&str>) -> Result<Option<u8>, Failure> {
+    let Some(word) = word else { return Ok(None) };
+    match word.parse::<u8>() {
+        Ok(shift @ SHIFT_MIN..=SHIFT_MAX) => Ok(Some(shift)),
+        _ => Err(Failure::failed(format!(
+            "Invalid object size shift '{word}': must be an integer between {SHIFT_MIN} and {SHIFT_MAX}, such as 22 \
+             for objects of 4 MB"
+        ))),
+    }
+}
+
+/// A number of bytes.
+pub fn size(word: &str) -> Result<u64, Failure> {
+    parse_size(word)
+        .map_err(|error| Failure::new(Exit::Usage, format!("Invalid size '{word}'\n{error}, such as 512M or 1.5G")))
+}
+
+/// An object's index in its volume: decimal, or hexadecimal after `0x`.
+pub fn object_index(word: &str) -> Result<u32, Failure> {
+    let number = match word.strip_prefix("0x").or_else(|| word.strip_prefix("0X")) {
+        Some(digits) => u32::from_str_radix(digits, 16),
+        None => word.parse(),
+    };
+    number.map_err(|_| Failure::failed(format!("Invalid object index '{word}': give a number or 0x...")))
+}
+
+/// Unix seconds of a time on the wire: seconds in the upper half, nanoseconds in the lower.
+pub fn seconds(wire_time: u64) -> i64 {
+    i64::from((wire_time >> 32) as u32)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::ffi::OsString;
+
+    fn nothing(_: &str) -> Option<String> {
+        None
+    }
+
+    #[test]
+    fn options_win_over_the_environment() {
+        let environment = |name: &str| Some(if name == PORT_VARIABLE { "7801" } else { "::1" }.to_owned());
+        assert_eq!(target(None, None, nothing).expect("default").to_string(), "127.0.0.1:7000");
+        assert_eq!(target(None, None, environment).expect("environment").to_string(), "::1:7801");
+        assert_eq!(target(Some("127.0.0.2"), Some("1"), environment).expect("options").to_string(), "127.0.0.2:1");
+    }
+
+    #[test]
+    fn ports_are_read_as_the_old_tool_read_them() {
+        for (word, number) in [("7800", 7800), (" 7801", 7801), ("+7801", 7801), ("0007", 7), ("65535", 65535)] {
+            assert_eq!(port(word), Ok(number), "{word}");
+        }
+        for word in ["42a", "-1", "", "-", "+", "0", "65536", "4294967297", "++1"] {
+            assert_eq!(port(word), Err(Failure::new(Exit::Usage, format!("Invalid port number '{word}'"))), "{word}");
+        }
+        for word in ["", "not an address"] {
+            let failure = target(Some(word), None, nothing).expect_err(word);
+            assert_eq!(failure, Failure::failed(format!("Invalid ip address {word}")));
+        }
+    }
+
+    #[test]
+    fn digits_select_by_id_and_anything_else_by_tag() {
+        let select = |word: &str| Selector::of(Some(&OsString::from(word)));
+        assert_eq!(Selector::of(None), Ok(Selector::CURRENT));
+        assert_eq!(select("5"), Ok(Selector { tag: Vec::new(), id: 5 }));
+        assert_eq!(select("1abc"), Ok(Selector { tag: b"1abc".to_vec(), id: 0 }));
+        assert_eq!(select(""), Ok(Selector::CURRENT));
+        for word in ["0", "-3"] {
+            assert_eq!(select(word), Err(Failure::failed("The snapshot id must be larger than zero")), "{word}");
+        }
+        assert!(select("99999999999999999999999999999999999999999999").is_err());
+        assert!(select("4294967296").is_err());
+        assert!(select(&"t".repeat(256)).is_err());
+    }
+
+    #[test]
+    fn wrong_values_keep_their_exit_codes() {
+        assert_eq!(copies(Some("0")).expect_err("0").exit, Exit::Failure);
+        assert!(copies(Some("x")).expect_err("x").message.starts_with("Invalid parameter x\n"));
+        assert_eq!(copies(Some("4")).expect("4").map(CopyPolicy::holder_count), Some(4));
+        assert!(copies(Some("4:2")).expect_err("4:2").message.contains("not available in this version"));
+        assert_eq!(shift(Some("20")), Ok(Some(20)));
+        assert_eq!(shift(Some("32")).expect_err("32").exit, Exit::Failure);
+        assert_eq!(size("1.5M"), Ok(1_572_864));
+        let failure = size("10MB").expect_err("10MB");
+        assert!(failure.message.starts_with("Invalid size '10MB'\n"), "{failure}");
+        assert_eq!(failure.exit, Exit::Usage);
+        assert_eq!(object_index("0x10"), Ok(16));
+        assert!(object_index("ten").is_err());
+        assert!(vdi_name(OsStr::new("")).is_err());
+    }
+}

@@ -1,0 +1,21 @@
+//! `dog node`: one file per subcommand.
+
+use crate::args::Node;
+use crate::exit::Failure;
+use crate::meaning::Target;
+use crate::report::Report;
+
+pub mod info;
+mod kill;
+pub mod list;
+pub mod recovery;
+
+/// Runs a subcommand.
+pub fn run(command: &Node, target: Target) -> Result<Report, Failure> {
+    match command {
+        Node::Kill(typed) => kill::run(typed, target),
+        Node::List(typed) => list::run(typed, target),
+        Node::Info(typed) => info::run(typed, target),
+        Node::Recovery(typed) => recovery::run(typed, target),
+    }
+}

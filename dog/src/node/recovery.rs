@@ -1,0 +1,69 @@
+//! `dog node recovery`
+
+use qemu_proto::opcode::Opcode;
+use qemu_proto::request::Request;
+use qemu_proto::stat::{RECOVERY_STAT_BYTES, RecoveryStat};
+
+use crate::args;
+use crate::connect::Sheep;
+use crate::exit::{Exit, Failure};
+use crate::meaning::Target;
+use crate::report::{Form, Report};
+use crate::requests::{self, Node};
+
+/// A node that is receiving copies.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Recovering {
+    /// Its position in the node list.
+    pub id: usize,
+    /// Who it is.
+    pub node: Node,
+    /// Objects that have arrived.
+    pub done: u64,
+    /// Objects in all.
+    pub total: u64,
+}
+
+/// The nodes that are not up to date; empty means the cluster is healed.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Recoveries(pub Vec<Recovering>);
+
+/// Runs the command.
+pub fn run(typed: &args::Recovery, target: Target) -> Result<Report, Failure> {
+    match typed.nested.as_deref() {
+        None | Some("info") => {}
+        Some(word @ ("set-throttle" | "get-throttle")) => {
+            return Err(Failure::not_available(&format!("'dog node recovery {word}'")));
+        }
+        other => return Err(Failure::nested(other, "info")),
+    }
+    if typed.progress {
+        return Err(Failure::not_available("Drawing recovery progress (-P)"));
+    }
+    let list = requests::node_list(&mut Sheep::connect(target)?)?;
+    let mut recoveries = Recoveries(Vec::new());
+    let mut exit = Exit::Success;
+    for (id, &node) in list.nodes.iter().enumerate() {
+        match stat(&node) {
+            Ok(stat) if stat.in_recovery => {
+                recoveries.0.push(Recovering { id, node, done: stat.finished, total: stat.total });
+            }
+            Ok(_) => {}
+            Err(failure) => {
+                eprintln!("{failure}");
+                exit = failure.exit;
+            }
+        }
+    }
+    Ok(Report::new(Form::of(typed.shape.raw, typed.shape.json), recoveries).exits(exit))
+}
+
+fn stat(node: &Node) -> Result<RecoveryStat, Failure> {
+    let mut request = Request::plain(Opcode::StatRecovery);
+    request.data_length = RECOVERY_STAT_BYTES as u32;
+    let (_, answer) = Sheep::connect(node.target())?
+        .call(request, &[])
+        .map_err(|trouble| trouble.or(|reason| Failure::failed(format!("Response's result: {reason} ({node})"))))?;
+    let stat = RecoveryStat::decode(&answer);
+    stat.ok_or_else(|| Failure::system(format!("{node} answered {} bytes about its recovery", answer.len())))
+}

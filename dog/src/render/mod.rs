@@ -1,0 +1,8 @@
+//! How data is printed: tables for people, bare values for scripts, JSON for programs. One file per noun.
+
+mod cluster;
+mod node;
+mod object;
+mod text;
+mod tree;
+mod vdi_list;

@@ -1,0 +1,322 @@
+//! The requests that commands are made of, one function each. What a refusal means is for the command to say.
+
+use std::fmt;
+use std::net::{IpAddr, SocketAddr};
+
+use qemu_proto::bitmap::{BITMAP_BYTES, ids_in};
+use qemu_proto::flags::RequestFlags;
+use qemu_proto::inode::{self, InodeHeader};
+use qemu_proto::names::{FIELD_BYTES, name_tag_payload, padded};
+use qemu_proto::node_entry::{NODE_BYTES, NODES_MAX, NodeEntry};
+use qemu_proto::oid::{Oid, VdiId};
+use qemu_proto::opcode::Opcode;
+use qemu_proto::request::{Request, RequestBody, VdiRequest};
+use qemu_proto::response::{Response, ResponseBody};
+use sheep_core::copy_policy::CopyPolicy;
+
+use crate::connect::{Sheep, Trouble};
+use crate::exit::Failure;
+use crate::meaning::{Selector, Target};
+
+/// Data follows, and is durable when the answer comes.
+fn write_flags() -> RequestFlags {
+    RequestFlags::WRITE | RequestFlags::DIRECT
+}
+
+/// A member of the cluster, as lists show it.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
+pub struct Node {
+    /// As on the wire; lists are ordered by it.
+    pub address: [u8; 16],
+    /// Where clients reach it.
+    pub port: u16,
+    /// As people write the address.
+    pub ip: IpAddr,
+    /// Virtual nodes; 0 is a gateway.
+    pub vnodes: u16,
+    /// Its fault domain.
+    pub zone: u32,
+}
+
+impl Node {
+    /// Where to ask it.
+    pub fn target(&self) -> Target {
+        Target(SocketAddr::new(self.ip, self.port))
+    }
+}
+
+impl fmt::Display for Node {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}:{}", self.ip, self.port)
+    }
+}
+
+impl From<NodeEntry> for Node {
+    fn from(entry: NodeEntry) -> Node {
+        Node { address: entry.address, port: entry.port, ip: entry.ip(), vnodes: entry.nr_vnodes, zone: entry.zone }
+    }
+}
+
+/// The members of the cluster.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct NodeList {
+    /// The epoch they belong to; 0 before the first.
+    pub epoch: u32,
+    /// By address and port: positions are the ids that people use.
+    pub nodes: Vec<Node>,
+}
+
+/// Asks who is in the cluster.
+pub fn node_list(sheep: &mut Sheep) -> Result<NodeList, Failure> {
+    let mut request = Request::plain(Opcode::GetNodeList);
+    request.data_length = (NODES_MAX * NODE_BYTES) as u32;
+    let answered = sheep.call(request, &[]);
+    let (response, answer) = answered
+        .map_err(|trouble| trouble.or(|reason| Failure::system(format!("Failed to get node list: {reason}"))))?;
+    let mut nodes: Vec<Node> = NodeEntry::decode_all(&answer).map(Node::from).collect();
+    if let ResponseBody::Node { nr_nodes, .. } = response.body {
+        nodes.truncate(nr_nodes as usize);
+    }
+    nodes.sort_unstable();
+    Ok(NodeList { epoch: response.epoch, nodes })
+}
+
+/// A set of VDI ids.
+pub struct VdiSet(Vec<u8>);
+
+impl VdiSet {
+    /// Whether an id is in it.
+    pub fn contains(&self, vdi: VdiId) -> bool {
+        self.0.get(vdi.get() as usize / 8).is_some_and(|byte| byte >> (vdi.get() % 8) & 1 == 1)
+    }
+
+    /// The ids, ascending.
+    pub fn iter(&self) -> impl Iterator<Item = VdiId> + '_ {
+        ids_in(&self.0)
+    }
+}
+
+/// All ids that were given out, also to VDIs that are deleted.
+pub fn vdis_in_use(sheep: &mut Sheep) -> Result<VdiSet, Failure> {
+    vdi_set(sheep, Opcode::ReadVdis)
+}
+
+/// The ids of deleted VDIs.
+pub fn vdis_deleted(sheep: &mut Sheep) -> Result<VdiSet, Failure> {
+    vdi_set(sheep, Opcode::ReadDelVdis)
+}
+
+fn vdi_set(sheep: &mut Sheep, opcode: Opcode) -> Result<VdiSet, Failure> {
+    let mut request = Request::plain(opcode);
+    request.data_length = BITMAP_BYTES as u32;
+    let (_, bitmap) = sheep.call(request, &[]).map_err(|trouble| {
+        trouble.or(|reason| Failure::failed(format!("Failed to read the list of VDIs: {reason}")))
+    })?;
+    Ok(VdiSet(bitmap))
+}
+
+/// What an inode says about its VDI.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Header {
+    /// Empty when it was deleted.
+    pub name: Vec<u8>,
+    /// May be empty; means something for snapshots only.
+    pub tag: Vec<u8>,
+    /// Time on the wire.
+    pub create_time: u64,
+    /// Time on the wire; 0 unless it is a snapshot.
+    pub snapshot_time: u64,
+    /// Bytes that a guest sees.
+    pub size_bytes: u64,
+    /// Bytes of saved machine state.
+    pub vm_state_bytes: u64,
+    /// Copies, or strips, of each object.
+    pub copies: u8,
+    /// 0 for copies.
+    pub copy_policy: u8,
+    /// log2 of the object size.
+    pub shift: u8,
+    /// Number within the name.
+    pub snapshot_id: u32,
+    /// Its id.
+    pub vdi: VdiId,
+    /// What it was made from.
+    pub parent: Option<VdiId>,
+}
+
+impl Default for Header {
+    fn default() -> Header {
+        Header::from(InodeHeader::default())
+    }
+}
+
+impl From<InodeHeader> for Header {
+    fn from(inode: InodeHeader) -> Header {
+        Header {
+            name: inode.name().to_vec(),
+            tag: inode.tag().to_vec(),
+            create_time: inode.create_time,
+            snapshot_time: inode.snap_ctime,
+            size_bytes: inode.vdi_size,
+            vm_state_bytes: inode.vm_state_size,
+            copies: inode.nr_copies,
+            copy_policy: inode.copy_policy,
+            shift: inode.block_size_shift,
+            snapshot_id: inode.snap_id,
+            vdi: VdiId::from_low_bits(inode.vdi_id),
+            parent: VdiId::new(inode.parent_vdi_id).filter(|parent| parent.get() != 0),
+        }
+    }
+}
+
+impl Header {
+    /// Whether it can not be written.
+    pub fn is_snapshot(&self) -> bool {
+        self.snapshot_time != 0
+    }
+
+    /// Objects that the size has room for.
+    pub fn object_count(&self) -> u64 {
+        let shift = u32::from(self.shift).min(63);
+        self.size_bytes.div_ceil(1 << shift)
+    }
+
+    /// `3`, or `4:2`.
+    pub fn redundancy(&self) -> String {
+        redundancy(self.copies, self.copy_policy)
+    }
+}
+
+/// `3`, or `4:2`; what is neither is shown as its number of copies.
+pub fn redundancy(copies: u8, copy_policy: u8) -> String {
+    match CopyPolicy::from_wire(copies, copy_policy) {
+        Ok(Some(policy)) => policy.to_string(),
+        Ok(None) | Err(_) => copies.to_string(),
+    }
+}
+
+/// Reads the header of a VDI.
+pub fn read_header(sheep: &mut Sheep, vdi: VdiId) -> Result<Header, Trouble> {
+    let bytes = read_object(sheep, Oid::inode(vdi), 0, inode::HEADER_BYTES as u32)?;
+    let header = InodeHeader::decode(&bytes).map_err(|error| Trouble::Lost(Failure::system(error.to_string())))?;
+    Ok(Header::from(header))
+}
+
+/// Where the map entry of an index is in its inode.
+pub fn map_offset(index: u32) -> u64 {
+    inode::map_offset(index)
+}
+
+/// The VDI of a name.
+pub fn look_up(sheep: &mut Sheep, name: &[u8], selector: &Selector) -> Result<VdiId, Trouble> {
+    let body = VdiRequest { snapid: selector.id, ..VdiRequest::default() };
+    let (response, _) = vdi_call(sheep, Opcode::GetVdiInfo, body, &name_tag_payload(name, &selector.tag))?;
+    vdi_of(sheep, &response)
+}
+
+/// A VDI to make.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct NewVdi {
+    /// Bytes.
+    pub size_bytes: u64,
+    /// What it begins as a copy of.
+    pub base: Option<VdiId>,
+    /// Copies and policy byte; 0 for the cluster's defaults.
+    pub redundancy: (u8, u8),
+    /// log2 of the object size; 0 for the cluster's default.
+    pub shift: u8,
+    /// Whether the base becomes a snapshot.
+    pub makes_snapshot: bool,
+}
+
+/// Makes a VDI and tells its id.
+pub fn new_vdi(sheep: &mut Sheep, name: &[u8], new: &NewVdi) -> Result<VdiId, Trouble> {
+    let body = VdiRequest {
+        vdi_size: new.size_bytes,
+        base_vdi_id: new.base.map_or(0, VdiId::get),
+        copies: new.redundancy.0,
+        copy_policy: new.redundancy.1,
+        block_size_shift: new.shift,
+        snapid: u32::from(new.makes_snapshot),
+        ..VdiRequest::default()
+    };
+    let (response, _) = vdi_call(sheep, Opcode::NewVdi, body, &padded(name))?;
+    vdi_of(sheep, &response)
+}
+
+/// Deletes a VDI.
+pub fn delete_vdi(sheep: &mut Sheep, name: &[u8], selector: &Selector) -> Result<(), Trouble> {
+    let body = VdiRequest { snapid: selector.id, ..VdiRequest::default() };
+    let payload = name_tag_payload(name, &selector.tag);
+    assert!(payload.len() == 2 * FIELD_BYTES, "name and tag");
+    vdi_call(sheep, Opcode::DelVdi, body, &payload).map(drop)
+}
+
+fn vdi_call(
+    sheep: &mut Sheep,
+    opcode: Opcode,
+    body: VdiRequest,
+    payload: &[u8],
+) -> Result<(Response, Vec<u8>), Trouble> {
+    let mut request = Request::vdi(opcode, RequestFlags::WRITE, body);
+    request.data_length = payload.len() as u32;
+    sheep.call(request, payload)
+}
+
+fn vdi_of(sheep: &Sheep, response: &Response) -> Result<VdiId, Trouble> {
+    match response.body {
+        ResponseBody::Vdi { vdi_id, .. } if vdi_id != 0 => VdiId::new(vdi_id),
+        _ => None,
+    }
+    .ok_or_else(|| Trouble::Lost(Failure::system(format!("{} answered without a VDI id", sheep.target()))))
+}
+
+/// Reads part of an object.
+pub fn read_object(sheep: &mut Sheep, oid: Oid, offset: u64, length: u32) -> Result<Vec<u8>, Trouble> {
+    let mut request = object_request(Opcode::ReadObj, oid, RequestFlags::NONE, None, offset);
+    request.data_length = length;
+    let (_, bytes) = sheep.call(request, &[])?;
+    if bytes.len() == length as usize {
+        return Ok(bytes);
+    }
+    let text = format!("{} answered {} of {length} bytes of object {oid}", sheep.target(), bytes.len());
+    Err(Trouble::Lost(Failure::system(text)))
+}
+
+/// Writes into an object that exists.
+pub fn write_object(sheep: &mut Sheep, oid: Oid, offset: u64, data: &[u8]) -> Result<(), Trouble> {
+    let flags = write_flags();
+    let mut request = object_request(Opcode::WriteObj, oid, flags, None, offset);
+    request.data_length = data.len() as u32;
+    sheep.call(request, data).map(drop)
+}
+
+/// Creates an object, of zeros or as a copy of another, with data written into it.
+pub fn create_object(
+    sheep: &mut Sheep,
+    oid: Oid,
+    source: Option<Oid>,
+    offset: u64,
+    data: &[u8],
+) -> Result<(), Trouble> {
+    let copy = if source.is_some() { RequestFlags::COW } else { RequestFlags::NONE };
+    let flags = write_flags() | copy;
+    let mut request = object_request(Opcode::CreateAndWriteObj, oid, flags, source, offset);
+    request.data_length = data.len() as u32;
+    sheep.call(request, data).map(drop)
+}
+
+/// A request about one object.
+pub fn object_request(opcode: Opcode, oid: Oid, flags: RequestFlags, source: Option<Oid>, offset: u64) -> Request {
+    let mut request = Request::object(opcode, oid, flags);
+    if let RequestBody::Object(body) = &mut request.body {
+        body.offset = offset;
+        body.cow_oid = source.unwrap_or(Oid::from_raw(0));
+    }
+    request
+}
+
+/// Enters the owner of an object into its VDI's map.
+pub fn write_map_entry(sheep: &mut Sheep, vdi: VdiId, index: u32) -> Result<(), Trouble> {
+    write_object(sheep, Oid::inode(vdi), map_offset(index), &vdi.get().to_le_bytes())
+}

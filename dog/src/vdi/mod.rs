@@ -1,0 +1,45 @@
+//! `dog vdi`: one file per subcommand.
+
+use crate::args::Vdi;
+use crate::exit::Failure;
+use crate::meaning::Target;
+use crate::report::Report;
+
+pub mod catalog;
+mod check;
+mod clone;
+mod create;
+mod delete;
+mod getattr;
+mod lanes;
+pub mod list;
+pub mod object;
+mod pieces;
+mod read;
+mod resize;
+mod rollback;
+mod setattr;
+mod snapshot;
+pub mod tree;
+pub mod volume;
+mod write;
+
+/// Runs a subcommand.
+pub fn run(command: &Vdi, target: Target) -> Result<Report, Failure> {
+    match command {
+        Vdi::Check(typed) => check::run(typed, target),
+        Vdi::Create(typed) => create::run(typed, target),
+        Vdi::Snapshot(typed) => snapshot::run(typed, target),
+        Vdi::Clone(typed) => clone::run(typed, target),
+        Vdi::Delete(typed) => delete::run(typed, target),
+        Vdi::Rollback(typed) => rollback::run(typed, target),
+        Vdi::List(typed) => list::run(typed, target),
+        Vdi::Tree => tree::run(target),
+        Vdi::Object(typed) => object::run(typed, target),
+        Vdi::Setattr(typed) => setattr::run(typed, target),
+        Vdi::Getattr(typed) => getattr::run(typed, target),
+        Vdi::Resize(typed) => resize::run(typed, target),
+        Vdi::Read(typed) => read::run(typed, target),
+        Vdi::Write(typed) => write::run(typed, target),
+    }
+}

@@ -1,0 +1,98 @@
+//! `dog vdi object location` and `dog vdi object map`
+
+use qemu_proto::flags::RequestFlags;
+use qemu_proto::oid::{Oid, VdiId};
+use qemu_proto::opcode::Opcode;
+use qemu_proto::status::Status;
+
+use super::volume::{self, Volume};
+use crate::args;
+use crate::connect::{Sheep, Trouble};
+use crate::exit::{Exit, Failure};
+use crate::meaning::{self, Selector, Target};
+use crate::report::{Form, Report};
+use crate::requests::{self, Node};
+
+/// Which nodes have an object.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Location {
+    /// The VDI that was asked about.
+    pub vdi: VdiId,
+    /// The object.
+    pub oid: Oid,
+    /// For a data object, its index and how many copies it should have.
+    pub data: Option<(u32, String)>,
+    /// How many nodes the cluster has.
+    pub node_count: usize,
+    /// The nodes that answered, and whether they have it.
+    pub nodes: Vec<(Node, bool)>,
+}
+
+/// Who owns each object of a volume.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct ObjectMap(pub Vec<(u32, VdiId)>);
+
+/// Runs the command.
+pub fn run(typed: &args::Object, target: Target) -> Result<Report, Failure> {
+    let name = |typed: &args::Object| match typed.vdi.as_deref() {
+        Some(name) => meaning::vdi_name(name).map(<[u8]>::to_vec),
+        None => Err(Failure::usage("Please specify the name of the VDI")),
+    };
+    let selector = Selector::of(typed.snapshot.word.as_deref())?;
+    match typed.nested.as_deref() {
+        Some("map") => {
+            let volume = Volume::open(&mut Sheep::connect(target)?, &name(typed)?, &selector)?;
+            let map = volume.objects().map(|(index, oid)| (index, oid.vid())).collect();
+            Ok(Report::new(Form::Table, ObjectMap(map)))
+        }
+        Some("location") => {
+            let index = typed.index.as_deref().map(meaning::object_index).transpose()?;
+            locate(target, &name(typed)?, &selector, index)
+        }
+        Some("dump-inode") => Err(Failure::not_available("'dog vdi object dump-inode'")),
+        other => Err(Failure::nested(other, "location or map")),
+    }
+}
+
+fn locate(target: Target, name: &[u8], selector: &Selector, index: Option<u32>) -> Result<Report, Failure> {
+    let mut sheep = Sheep::connect(target)?;
+    let nodes = requests::node_list(&mut sheep)?.nodes;
+    let header = volume::open_header(&mut sheep, name, selector)?;
+    let vdi = header.vdi;
+    let (oid, data) = match index {
+        None => (Oid::inode(vdi), None),
+        Some(index) => {
+            if u64::from(index) >= header.object_count() {
+                return Ok(Report::text("The offset is too large!\n").exits(Exit::Failure));
+            }
+            let map = volume::read_map(&mut sheep, &header)?;
+            let data = (index, header.redundancy());
+            let Some(oid) = (Volume { header, map }).object(index) else {
+                return Ok(Report::text(format!("The inode object 0x{vdi} idx {index} is not allocated\n")));
+            };
+            (oid, Some(data))
+        }
+    };
+    let mut exit = Exit::Success;
+    let mut location = Location { vdi, oid, data, node_count: nodes.len(), nodes: Vec::new() };
+    for node in nodes {
+        match has_object(node, oid) {
+            Ok(has) => location.nodes.push((node, has)),
+            Err(failure) => {
+                eprintln!("{failure}");
+                exit = failure.exit;
+            }
+        }
+    }
+    Ok(Report::new(Form::Table, location).exits(exit))
+}
+
+fn has_object(node: Node, oid: Oid) -> Result<bool, Failure> {
+    let mut sheep = Sheep::connect(node.target())?;
+    let request = requests::object_request(Opcode::Exist, oid, RequestFlags::NONE, None, 0);
+    match sheep.call(request, &[]) {
+        Ok(_) => Ok(true),
+        Err(Trouble::Refused(reason)) if reason.is(Status::NoObj) => Ok(false),
+        Err(trouble) => Err(trouble.or(|reason| Failure::failed(format!("{node} does not say what it has: {reason}")))),
+    }
+}

@@ -1,0 +1,87 @@
+//! `dog vdi snapshot`
+//!
+//! The tag is written into the working VDI's inode first and means nothing there; then one request of the cluster turns that
+//! VDI into the snapshot. An interruption between the two leaves a tag that the next snapshot overwrites.
+
+use qemu_proto::inode::TAG_OFFSET;
+use qemu_proto::names::padded;
+use qemu_proto::oid::Oid;
+use qemu_proto::status::Status;
+
+use super::volume::{self, Volume};
+use crate::args;
+use crate::connect::Sheep;
+use crate::exit::Failure;
+use crate::meaning::{self, Selector, Target, shown};
+use crate::report::Report;
+use crate::requests::{self, NewVdi};
+
+/// Runs the command.
+pub fn run(typed: &args::Snapshot, target: Target) -> Result<Report, Failure> {
+    let name = meaning::vdi_name(&typed.vdi)?;
+    let tag = match typed.tag.as_deref() {
+        Some(word) if meaning::is_number(word) => {
+            return Err(Failure::usage("Please specify a non-integer value for a snapshot tag name"));
+        }
+        Some(word) => meaning::tag(word)?,
+        None => Vec::new(),
+    };
+    let mut sheep = Sheep::connect(target)?;
+    let not_made = |reason: &dyn std::fmt::Display| {
+        Failure::failed(format!("Failed to create snapshot for {}: {reason}", shown(name)))
+    };
+    if !tag.is_empty() {
+        check_free(&mut sheep, name, &tag)?;
+    }
+    let current = requests::look_up(&mut sheep, name, &Selector::CURRENT)
+        .map_err(|trouble| trouble.or(|reason| not_made(&reason)))?;
+    let header = volume::read_header(&mut sheep, current)?;
+    if typed.reduce_identical_snapshots {
+        let map = volume::read_map(&mut sheep, &header)?;
+        let volume = Volume { header: header.clone(), map };
+        if !volume.map.contains(&current.get()) {
+            if typed.verbose {
+                eprintln!("VDI {} has not changed since its last snapshot, skipping creation of snapshot", shown(name));
+            }
+            return Ok(Report::silent());
+        }
+    }
+    if tag != header.tag {
+        let oid = Oid::inode(current);
+        requests::write_object(&mut sheep, oid, TAG_OFFSET as u64, &padded(&tag))
+            .map_err(|trouble| volume::not_written(oid, trouble))?;
+    }
+    let new = NewVdi {
+        size_bytes: header.size_bytes,
+        base: Some(current),
+        redundancy: (header.copies, header.copy_policy),
+        shift: header.shift,
+        makes_snapshot: true,
+    };
+    let working =
+        requests::new_vdi(&mut sheep, name, &new).map_err(|trouble| trouble.or(|reason| not_made(&reason)))?;
+    Ok(match (typed.verbose, typed.raw) {
+        (true, true) => Report::text(format!("{working} {current}\n")),
+        (true, false) => {
+            Report::text(format!("new VID of original VDI: {working}, VDI ID of newly created snapshot: {current}\n"))
+        }
+        (false, _) => Report::silent(),
+    })
+}
+
+/// Fails if the name has a snapshot with this tag.
+fn check_free(sheep: &mut Sheep, name: &[u8], tag: &[u8]) -> Result<(), Failure> {
+    match requests::look_up(sheep, name, &Selector { tag: tag.to_vec(), id: 0 }) {
+        Ok(_) => Err(Failure::failed(format!(
+            "Failed to create snapshot for {name}, maybe snapshot id (0) or tag ({tag}) is existed; \
+             'dog vdi list {name}' shows the tags in use",
+            name = shown(name),
+            tag = shown(tag)
+        ))),
+        Err(trouble) if trouble.is(Status::NoTag) || trouble.is(Status::NoVdi) => Ok(()),
+        Err(trouble) => {
+            Err(trouble
+                .or(|reason| Failure::failed(format!("Failed to create snapshot for {}: {reason}", shown(name)))))
+        }
+    }
+}

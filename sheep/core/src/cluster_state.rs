@@ -1,0 +1,570 @@
+//! The ordered state of a cluster: who is in, the epochs, the VDI table, the writer leases.
+//!
+//! One pure state machine. Every node applies the same commands in the same order and therefore holds the same state;
+//! only the means of ordering differs (the drivers of `cluster`).
+//!
+//! Always holds:
+//! 1. `apply` is total and deterministic: any command in any state gives a state and an outcome, the same everywhere.
+//! 2. The epoch goes up by exactly one with every change of members after format, and never otherwise.
+//! 3. `epochs` names every epoch from `clean` to the present one; each epoch since may have taken writes.
+//! 4. A VDI's lease generation only goes up; at most one node holds it.
+//! 5. A name has at most one VDI that is neither deleted nor a snapshot.
+
+use alloc::collections::{BTreeMap, BTreeSet};
+use alloc::sync::Arc;
+use alloc::vec::Vec;
+use qemu_proto::oid::VdiId;
+use serde::{Deserialize, Serialize};
+
+use crate::command::{Command, NewVdi, Outcome, Refusal, VdiEdit};
+use crate::copy_policy::COPIES_MAX;
+use crate::member::{Member, NodeId};
+use crate::stamp::Epoch;
+use crate::vdi::Vdi;
+use crate::ring::{ReferenceWeight, RingMember};
+use crate::vdi_name::{self, Candidate, LookupError, Run, Target};
+
+/// Epochs older than the last clean one are kept only to be shown (`dog cluster info`), this many of them: a year of
+/// daily restarts.
+const EPOCHS_SHOWN_MAX: usize = 512;
+
+/// Copies and object size of volumes that do not say their own: the ancestor's defaults.
+pub const DEFAULT_COPIES: u8 = 3;
+/// log2 of 4 MiB.
+pub const DEFAULT_OBJECT_SIZE_SHIFT: u8 = 22;
+/// The map of an inode has this many entries: the largest volume is this many objects.
+pub const OBJECTS_MAX: u64 = 1 << 20;
+
+/// What the operator chose at format.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct Settings {
+    /// Copies of a volume that does not say its own.
+    pub copies: u8,
+    /// log2 of the object size of a volume that does not say its own.
+    pub object_size_shift: u8,
+    /// Cluster flags as on the wire (protocol.md section 2.4).
+    pub flags: u16,
+    /// The scale of the ring, chosen at format from the capacities of that moment and kept; `None` while no member stores
+    /// anything.
+    pub reference_weight: Option<ReferenceWeight>,
+}
+
+/// A member of one epoch.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct EpochMember {
+    /// The node.
+    pub member: Member,
+    /// The epoch at which this process came in: a node that crashed and came back is a new start even when nobody saw
+    /// it gone.
+    pub since: Epoch,
+}
+
+/// One epoch: who was in.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct EpochRecord {
+    /// Its number.
+    pub epoch: Epoch,
+    /// A label.
+    pub time: u64,
+    /// By node id.
+    pub members: BTreeMap<NodeId, EpochMember>,
+    /// The scale of this epoch's ring.
+    pub reference_weight: Option<ReferenceWeight>,
+}
+
+impl EpochRecord {
+    /// The members as the ring sees them.
+    pub fn ring_members(&self) -> Vec<RingMember> {
+        ring_members(&self.members)
+    }
+}
+
+fn ring_members(members: &BTreeMap<NodeId, EpochMember>) -> Vec<RingMember> {
+    let members = members.values().map(|m| &m.member);
+    members.map(|member| RingMember { id: member.id, zone: member.zone, weight: member.weight }).collect()
+}
+
+/// Who may write to a VDI.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct Lease {
+    /// Nobody between a release (or a death) and the next acquisition.
+    pub holder: Option<NodeId>,
+    /// Of the present or the last holder.
+    pub generation: u32,
+}
+
+/// Whether the cluster serves.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub enum Phase {
+    /// Before format.
+    Unformatted,
+    /// Serving.
+    Running,
+    /// Restarted from what one node remembered; these members of the last epoch have not come back yet.
+    Waiting(BTreeSet<NodeId>),
+    /// Stopped by the operator.
+    Shutdown,
+}
+
+/// See the module.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct ClusterState {
+    /// Commands applied since the beginning.
+    pub applied: u64,
+    /// Random, made at format; 0 before.
+    pub cluster_id: u64,
+    /// When it was formatted: a label, and the identity that old clients compare.
+    pub created: u64,
+    /// What was chosen at format.
+    pub settings: Settings,
+    /// Whether it serves.
+    pub phase: Phase,
+    /// The current members.
+    pub members: BTreeMap<NodeId, EpochMember>,
+    /// The current epoch; 0 before format.
+    pub epoch: Epoch,
+    /// Ascending; the last is the current one.
+    pub epochs: Vec<Arc<EpochRecord>>,
+    /// The last epoch that ended with every object at its newest version on every node that must hold it.
+    pub clean: Epoch,
+    /// Members that have reported this for the current epoch.
+    pub recovered: BTreeSet<NodeId>,
+    /// Every VDI ever made, by id.
+    pub vdis: BTreeMap<u32, Arc<Vdi>>,
+    /// Deleted VDIs whose objects have not been reclaimed yet.
+    pub to_reclaim: BTreeSet<u32>,
+    /// By VDI id. Attribute objects have leases too, under the id in their object id.
+    pub leases: BTreeMap<u32, Lease>,
+}
+
+impl Default for ClusterState {
+    fn default() -> Self {
+        ClusterState {
+            applied: 0,
+            cluster_id: 0,
+            created: 0,
+            settings: Settings {
+                copies: DEFAULT_COPIES,
+                object_size_shift: DEFAULT_OBJECT_SIZE_SHIFT,
+                flags: 0,
+                reference_weight: None,
+            },
+            phase: Phase::Unformatted,
+            members: BTreeMap::new(),
+            epoch: Epoch(0),
+            epochs: Vec::new(),
+            clean: Epoch(0),
+            recovered: BTreeSet::new(),
+            vdis: BTreeMap::new(),
+            to_reclaim: BTreeSet::new(),
+            leases: BTreeMap::new(),
+        }
+    }
+}
+
+impl ClusterState {
+    /// Applies one command; see invariant 1.
+    pub fn apply(&mut self, command: &Command) -> Outcome {
+        self.applied += 1;
+        let outcome = match command {
+            Command::Join { member, time } => self.join(member, *time),
+            Command::Evict { node, time } => self.evict(*node, *time),
+            Command::Format { cluster_id, copies, object_size_shift, flags, time } => {
+                let settings = Settings {
+                    copies: *copies,
+                    object_size_shift: *object_size_shift,
+                    flags: *flags,
+                    reference_weight: None,
+                };
+                self.format(*cluster_id, settings, *time)
+            }
+            Command::Recovered { node, epoch } => self.recovered(*node, *epoch),
+            Command::NewVdi(request) => self.new_vdi(request).map_or_else(Outcome::Refused, Outcome::Vdi),
+            Command::DeleteVdi { name, tag, snapshot_id } => {
+                self.delete_vdi(name, Target::new(tag, *snapshot_id)).map_or_else(Outcome::Refused, Outcome::Vdi)
+            }
+            Command::EditVdi { vdi, edit } => self.edit_vdi(*vdi, edit).map_or_else(Outcome::Refused, Outcome::Vdi),
+            Command::Reclaimed { vdi } => {
+                if self.to_reclaim.remove(&vdi.get()) {
+                    self.leases.remove(&vdi.get());
+                    Outcome::Done
+                } else {
+                    Outcome::Refused(Refusal::NoEffect)
+                }
+            }
+            Command::AcquireLease { vdi, node } => self.acquire_lease(*vdi, *node),
+            Command::ReleaseLease { vdi, node, generation } => self.release_lease(*vdi, *node, *generation),
+            Command::Shutdown => self.shutdown(),
+            Command::ForceRecover { time } => self.force_recover(*time),
+        };
+        self.check();
+        outcome
+    }
+
+    /// Whether client requests may be served at all.
+    pub fn is_running(&self) -> bool {
+        self.phase == Phase::Running
+    }
+
+    /// The record of an epoch, if it is still known.
+    pub fn epoch_record(&self, epoch: Epoch) -> Option<&Arc<EpochRecord>> {
+        self.epochs.iter().rev().find(|record| record.epoch == epoch)
+    }
+
+    /// A VDI that was not deleted.
+    pub fn live_vdi(&self, id: VdiId) -> Option<&Arc<Vdi>> {
+        self.vdis.get(&id.get()).filter(|vdi| !vdi.deleted)
+    }
+
+    /// Distinct zones of members that store something.
+    pub fn zone_count(&self) -> usize {
+        let zones: BTreeSet<u32> =
+            self.members.values().filter(|m| !m.member.is_gateway()).map(|m| m.member.zone).collect();
+        zones.len()
+    }
+
+    /// Finds a VDI by name, as LOCK_VDI, GET_VDI_INFO and DEL_VDI do.
+    pub fn lookup(&self, name: &[u8], target: Target<'_>) -> Result<VdiId, Refusal> {
+        vdi_name::lookup(name, target, self.candidates(name)).map_err(|error| match error {
+            LookupError::NoVdi => Refusal::NoVdi,
+            LookupError::NoTag => Refusal::NoTag,
+        })
+    }
+
+    /// The run of ids that may carry `name`, from high to low.
+    fn candidates<'a>(&'a self, name: &[u8]) -> impl Iterator<Item = Candidate<'a>> {
+        let run = Run::of(name, |id| self.vdis.contains_key(&id.get()));
+        run.filter_map(move |id| self.vdis.get(&id.get())).map(|vdi| Candidate {
+            vid: vdi.id,
+            name: if vdi.deleted { &[] } else { &vdi.name },
+            tag: &vdi.tag,
+            snapid: vdi.snapshot_id,
+            is_snapshot: vdi.is_snapshot(),
+        })
+    }
+
+    fn join(&mut self, member: &Member, time: u64) -> Outcome {
+        if self.phase == Phase::Shutdown {
+            return Outcome::Refused(Refusal::Waiting);
+        }
+        // A process that crashed and came back before anybody noticed must not count as having been there all along:
+        // its leave gets an epoch of its own, in which the others were ahead of it.
+        self.evict(member.id, time);
+        let since = if self.phase == Phase::Unformatted { Epoch(0) } else { self.epoch.next() };
+        self.members.insert(member.id, EpochMember { member: member.clone(), since });
+        if let Phase::Waiting(missing) = &mut self.phase {
+            missing.remove(&member.id);
+            if missing.is_empty() {
+                self.phase = Phase::Running;
+            }
+        }
+        self.members_changed(time);
+        Outcome::Done
+    }
+
+    fn evict(&mut self, node: NodeId, time: u64) -> Outcome {
+        if self.members.remove(&node).is_none() {
+            return Outcome::Refused(Refusal::NoEffect);
+        }
+        self.drop_leases_of(node);
+        self.members_changed(time);
+        Outcome::Done
+    }
+
+    fn drop_leases_of(&mut self, node: NodeId) {
+        for lease in self.leases.values_mut() {
+            if lease.holder == Some(node) {
+                lease.holder = None;
+            }
+        }
+    }
+
+    /// Makes the next epoch, once there are epochs at all.
+    fn members_changed(&mut self, time: u64) {
+        if self.phase == Phase::Unformatted || self.phase == Phase::Shutdown {
+            return;
+        }
+        self.begin_epoch(self.epoch.next(), time);
+    }
+
+    fn begin_epoch(&mut self, epoch: Epoch, time: u64) {
+        self.epoch = epoch;
+        self.recovered.clear();
+        if self.settings.reference_weight.is_none() {
+            self.settings.reference_weight = ReferenceWeight::of(&ring_members(&self.members));
+        }
+        let reference_weight = self.settings.reference_weight;
+        self.epochs.push(Arc::new(EpochRecord { epoch, time, members: self.members.clone(), reference_weight }));
+        let clean = self.clean;
+        let shown_only = self.epochs.iter().filter(|record| record.epoch < clean).count();
+        self.epochs.drain(..shown_only.saturating_sub(EPOCHS_SHOWN_MAX));
+    }
+
+    fn format(&mut self, cluster_id: u64, settings: Settings, time: u64) -> Outcome {
+        let shift_ok = (20..=31).contains(&settings.object_size_shift);
+        if cluster_id == 0 || settings.copies == 0 || settings.copies > COPIES_MAX || !shift_ok {
+            return Outcome::Refused(Refusal::InvalidParameters);
+        }
+        if self.phase == Phase::Shutdown {
+            return Outcome::Refused(Refusal::Waiting);
+        }
+        let mut members = core::mem::take(&mut self.members);
+        for member in members.values_mut() {
+            member.since = Epoch(1);
+        }
+        let applied = self.applied;
+        *self = ClusterState { applied, cluster_id, created: time, settings, members, ..ClusterState::default() };
+        self.phase = Phase::Running;
+        self.begin_epoch(Epoch(1), time);
+        // Nothing exists yet, so everybody has everything.
+        self.clean = Epoch(1);
+        Outcome::Done
+    }
+
+    fn recovered(&mut self, node: NodeId, epoch: Epoch) -> Outcome {
+        if epoch != self.epoch || !self.members.contains_key(&node) || !self.recovered.insert(node) {
+            return Outcome::Refused(Refusal::NoEffect);
+        }
+        let storing = self.members.values().filter(|m| !m.member.is_gateway());
+        if storing.clone().count() > 0 && storing.clone().all(|m| self.recovered.contains(&m.member.id)) {
+            self.clean = epoch;
+        }
+        Outcome::Done
+    }
+
+    fn shutdown(&mut self) -> Outcome {
+        if self.phase == Phase::Unformatted {
+            return Outcome::Refused(Refusal::NotFormatted);
+        }
+        for lease in self.leases.values_mut() {
+            lease.holder = None;
+        }
+        self.phase = Phase::Shutdown;
+        Outcome::Done
+    }
+
+    /// The state that a node puts into an order that has nothing yet: what it remembered, waiting for the members of the
+    /// last epoch that it knows of, because they may have gone on without it.
+    pub fn restarted(mut self) -> ClusterState {
+        if self.phase == Phase::Unformatted {
+            self.members.clear();
+            return self;
+        }
+        let missing: BTreeSet<NodeId> = match &self.phase {
+            // Still waiting since the last start: whoever came back in between has to come back again.
+            Phase::Waiting(missing) => missing.iter().chain(self.members.keys()).copied().collect(),
+            _ => self.members.values().filter(|m| !m.member.is_gateway()).map(|m| m.member.id).collect(),
+        };
+        self.members.clear();
+        for lease in self.leases.values_mut() {
+            lease.holder = None;
+        }
+        self.phase = if missing.is_empty() { Phase::Running } else { Phase::Waiting(missing) };
+        self
+    }
+
+    fn force_recover(&mut self, time: u64) -> Outcome {
+        match self.phase {
+            Phase::Waiting(_) => {}
+            Phase::Running if self.clean < self.epoch => {}
+            _ => return Outcome::Refused(Refusal::NoEffect),
+        }
+        self.phase = Phase::Running;
+        // The operator's word replaces what the missing members would have told about the epochs since the clean one.
+        self.members_changed(time);
+        self.clean = self.epoch;
+        Outcome::Done
+    }
+
+    /// The fewest copies that any object may have.
+    pub fn copies_min(&self) -> u8 {
+        let volumes = self.vdis.values().filter(|vdi| !vdi.deleted).map(|vdi| vdi.copies);
+        volumes.chain([self.settings.copies]).min().unwrap_or(1)
+    }
+
+    fn require_running(&self) -> Result<(), Refusal> {
+        match self.phase {
+            Phase::Running => Ok(()),
+            Phase::Unformatted => Err(Refusal::NotFormatted),
+            Phase::Waiting(_) | Phase::Shutdown => Err(Refusal::Waiting),
+        }
+    }
+
+    fn new_vdi(&mut self, request: &NewVdi) -> Result<VdiId, Refusal> {
+        self.require_running()?;
+        vdi_name::check_name(&request.name).map_err(|_| Refusal::InvalidParameters)?;
+        let base = match request.base {
+            Some(id) => Some(self.live_vdi(id).cloned().ok_or(Refusal::NoBaseVdi)?),
+            None => None,
+        };
+        let current = self.lookup(&request.name, Target::Current).ok();
+        match (current, request.snapshot, &base) {
+            (Some(_), false, _) => return Err(Refusal::VdiExists),
+            (None, true, _) => return Err(Refusal::NoVdi),
+            // Cloning something that still changes would freeze it unasked (protocol.md section 6.5).
+            (None, false, Some(base)) if !base.is_snapshot() => return Err(Refusal::InvalidParameters),
+            (Some(_), true, None) => return Err(Refusal::InvalidParameters),
+            (Some(current), true, Some(base)) if base.id != current && !base.is_snapshot() => {
+                return Err(Refusal::InvalidParameters);
+            }
+            (Some(current), true, Some(_)) => self.require_drained(current, request.drained)?,
+            (None, false, _) => {}
+        }
+        let new = self.describe_new(request, base.as_deref())?;
+        if let Some(current) = current {
+            self.freeze(current, request.time);
+        }
+        let id = new.id;
+        self.vdis.insert(id.get(), Arc::new(new));
+        Ok(id)
+    }
+
+    /// A VDI may become a snapshot only while the asking node holds its lease, with every write drained.
+    fn require_drained(&self, vdi: VdiId, drained: Option<(NodeId, u32)>) -> Result<(), Refusal> {
+        let lease = self.leases.get(&vdi.get());
+        match (lease, drained) {
+            (Some(lease), Some((node, generation)))
+                if lease.holder == Some(node) && lease.generation == generation =>
+            {
+                Ok(())
+            }
+            _ => Err(Refusal::LeaseLost),
+        }
+    }
+
+    fn freeze(&mut self, id: VdiId, time: u64) {
+        if let Some(vdi) = self.vdis.get_mut(&id.get()) {
+            // A clock before 1970 must not leave the snapshot looking like a working VDI (invariant 2 of `vdi`).
+            Arc::make_mut(vdi).snapshot_time = time.max(1);
+        }
+        if let Some(lease) = self.leases.get_mut(&id.get()) {
+            lease.holder = None;
+        }
+    }
+
+    fn describe_new(&self, request: &NewVdi, base: Option<&Vdi>) -> Result<Vdi, Refusal> {
+        let copies = match (request.copies, base) {
+            (0, Some(base)) => base.copies,
+            (0, None) => self.settings.copies,
+            (copies, _) => copies,
+        };
+        let object_size_shift = match (base, request.object_size_shift) {
+            // QEMU sends the cluster's default even when the base has objects of another size.
+            (Some(base), _) => base.object_size_shift,
+            (None, 0) => self.settings.object_size_shift,
+            (None, shift) => shift,
+        };
+        if copies > COPIES_MAX || !(20..=31).contains(&object_size_shift) {
+            return Err(Refusal::InvalidParameters);
+        }
+        if request.size_bytes > OBJECTS_MAX << object_size_shift {
+            return Err(Refusal::InvalidParameters);
+        }
+        let id = vdi_name::allocate(&request.name, |id| self.vdis.contains_key(&id.get()))
+            .ok_or(Refusal::VdiIdsExhausted)?;
+        let snapshot_id =
+            vdi_name::next_snapid(&request.name, self.candidates(&request.name)).ok_or(Refusal::VdiIdsExhausted)?;
+        let chain_root = match base {
+            Some(base) if base.name == request.name => base.chain_root,
+            _ => id,
+        };
+        Ok(Vdi {
+            id,
+            name: request.name.clone(),
+            tag: Vec::new(),
+            snapshot_id,
+            parent: base.map(|base| base.id),
+            chain_root,
+            size_bytes: request.size_bytes,
+            copies,
+            object_size_shift,
+            create_time: request.time,
+            snapshot_time: 0,
+            vm_state_bytes: 0,
+            vm_clock_ns: 0,
+            deleted: false,
+        })
+    }
+
+    fn delete_vdi(&mut self, name: &[u8], target: Target<'_>) -> Result<VdiId, Refusal> {
+        self.require_running()?;
+        let id = self.lookup(name, target)?;
+        if let Some(vdi) = self.vdis.get_mut(&id.get()) {
+            Arc::make_mut(vdi).deleted = true;
+        }
+        if let Some(lease) = self.leases.get_mut(&id.get()) {
+            // A writer that still holds it learns from the next grant, or from the missing VDI, that it is over.
+            lease.holder = None;
+        }
+        self.to_reclaim.insert(id.get());
+        Ok(id)
+    }
+
+    fn edit_vdi(&mut self, id: VdiId, edit: &VdiEdit) -> Result<VdiId, Refusal> {
+        self.require_running()?;
+        let vdi = self.live_vdi(id).ok_or(Refusal::NoVdi)?;
+        let size_changes = edit.size_bytes.is_some_and(|size| size > vdi.size_bytes);
+        let vm_changes = edit.vm_state_bytes.is_some_and(|bytes| bytes != vdi.vm_state_bytes)
+            || edit.vm_clock_ns.is_some_and(|clock| clock != vdi.vm_clock_ns);
+        if vdi.is_snapshot() && (size_changes || vm_changes) {
+            return Err(Refusal::ReadOnly);
+        }
+        if edit.size_bytes.is_some_and(|size| size > OBJECTS_MAX << vdi.object_size_shift) {
+            return Err(Refusal::InvalidParameters);
+        }
+        if let Some(tag) = &edit.tag {
+            vdi_name::check_tag(tag).map_err(|_| Refusal::InvalidParameters)?;
+        }
+        if let Some(entry) = self.vdis.get_mut(&id.get()) {
+            let vdi = Arc::make_mut(entry);
+            if let (Some(size), true) = (edit.size_bytes, size_changes) {
+                vdi.size_bytes = size;
+            }
+            if let Some(tag) = &edit.tag {
+                vdi.tag.clone_from(tag);
+            }
+            vdi.vm_state_bytes = edit.vm_state_bytes.unwrap_or(vdi.vm_state_bytes);
+            vdi.vm_clock_ns = edit.vm_clock_ns.unwrap_or(vdi.vm_clock_ns);
+        }
+        Ok(id)
+    }
+
+    fn acquire_lease(&mut self, vdi: VdiId, node: NodeId) -> Outcome {
+        if let Err(refusal) = self.require_running() {
+            return Outcome::Refused(refusal);
+        }
+        if !self.members.contains_key(&node) {
+            return Outcome::Refused(Refusal::NoEffect);
+        }
+        let lease = self.leases.entry(vdi.get()).or_insert(Lease { holder: None, generation: 0 });
+        match lease.holder {
+            Some(holder) if holder != node => Outcome::Refused(Refusal::LeaseHeldBy(holder)),
+            _ => {
+                lease.holder = Some(node);
+                lease.generation += 1;
+                Outcome::Lease(lease.generation)
+            }
+        }
+    }
+
+    fn release_lease(&mut self, vdi: VdiId, node: NodeId, generation: u32) -> Outcome {
+        match self.leases.get_mut(&vdi.get()) {
+            Some(lease) if lease.holder == Some(node) && lease.generation == generation => {
+                lease.holder = None;
+                Outcome::Done
+            }
+            _ => Outcome::Refused(Refusal::NoEffect),
+        }
+    }
+
+    /// The invariants that a bug could break; cheap enough to stay on.
+    fn check(&self) {
+        if let Some(last) = self.epochs.last() {
+            assert_eq!(last.epoch, self.epoch, "the last record is the current epoch");
+            assert!(self.clean <= self.epoch, "an epoch cannot end clean before it began");
+        }
+        for pair in self.epochs.windows(2) {
+            assert!(pair[0].epoch.next() == pair[1].epoch, "epochs follow each other without a gap");
+        }
+    }
+}

@@ -1,0 +1,123 @@
+//! What can be put into the cluster's order, and what comes of it.
+//!
+//! Commands are stored in logs and sent between nodes of different builds: variants are only ever added at the end, and
+//! a field is never changed in place.
+
+use alloc::vec::Vec;
+use qemu_proto::oid::VdiId;
+use serde::{Deserialize, Serialize};
+
+use crate::ids;
+use crate::member::{Member, NodeId};
+use crate::stamp::Epoch;
+
+/// A change of the ordered state. Times are labels in the wire encoding (seconds << 32 | nanoseconds), given by the
+/// proposer because `apply` reads no clock.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[expect(missing_docs, reason = "the variants' docs name their fields")]
+pub enum Command {
+    /// A process comes in. Its node may be new, known from earlier epochs, or (after a crash nobody noticed) still listed.
+    Join { member: Member, time: u64 },
+    /// A node is no longer in: it left, or it is known to be dead.
+    Evict { node: NodeId, time: u64 },
+    /// The moment the cluster begins. Everything that was there is gone.
+    Format { cluster_id: u64, copies: u8, object_size_shift: u8, flags: u16, time: u64 },
+    /// The node has every object of this epoch that it must have, at its newest version.
+    Recovered { node: NodeId, epoch: Epoch },
+    /// A new volume, or a new working VDI based on `base` (see `NewVdi`).
+    NewVdi(NewVdi),
+    /// Deletes a working VDI or a snapshot.
+    DeleteVdi { name: Vec<u8>, tag: Vec<u8>, snapshot_id: u32 },
+    /// Changes the header fields that clients may change.
+    EditVdi { #[serde(with = "ids::vdi_id")] vdi: VdiId, edit: VdiEdit },
+    /// The deleted VDI's objects that nothing refers to are gone from every holder.
+    Reclaimed { #[serde(with = "ids::vdi_id")] vdi: VdiId },
+    /// Takes the writer lease, if it is free or its holder is no member.
+    AcquireLease { #[serde(with = "ids::vdi_id")] vdi: VdiId, node: NodeId },
+    /// Gives a drained lease back.
+    ReleaseLease { #[serde(with = "ids::vdi_id")] vdi: VdiId, node: NodeId, generation: u32 },
+    /// Every node stops after this; the next start goes on from here.
+    Shutdown,
+    /// The operator says that the members that are missing will not come back, or not with anything newer.
+    ForceRecover { time: u64 },
+}
+
+/// The request behind `NEW_VDI` (protocol.md sections 6.4, 6.5, 6.12, 6.14).
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct NewVdi {
+    /// 1 to 255 bytes.
+    pub name: Vec<u8>,
+    /// Bytes.
+    pub size_bytes: u64,
+    /// What to start from; nothing for an empty volume.
+    #[serde(with = "ids::vdi_id_option")]
+    pub base: Option<VdiId>,
+    /// Whether the working VDI of this name becomes a snapshot.
+    pub snapshot: bool,
+    /// 0 for the cluster's default.
+    pub copies: u8,
+    /// 0 for the cluster's default; a base's is inherited.
+    pub object_size_shift: u8,
+    /// A label.
+    pub time: u64,
+    /// Who asks, and under which lease generation of the working VDI that becomes a snapshot: the proof that its writes
+    /// have been drained.
+    pub drained: Option<(NodeId, u32)>,
+}
+
+/// Fields that a client's header write may change; `None` leaves a field alone.
+#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+pub struct VdiEdit {
+    /// The tag a snapshot will carry.
+    pub tag: Option<Vec<u8>>,
+    /// Bytes; only ever grows.
+    pub size_bytes: Option<u64>,
+    /// Bytes of saved machine state.
+    pub vm_state_bytes: Option<u64>,
+    /// Guest clock of the saved machine state.
+    pub vm_clock_ns: Option<u64>,
+}
+
+/// What a command did.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum Outcome {
+    /// Done, nothing to tell.
+    Done,
+    /// The VDI that was made or deleted.
+    Vdi(VdiId),
+    /// The generation of the lease that was granted.
+    Lease(u32),
+    /// Nothing was changed.
+    Refused(Refusal),
+}
+
+/// Why a command changed nothing.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Refusal {
+    /// The cluster was never formatted.
+    NotFormatted,
+    /// The cluster stands still: shut down, or waiting for members of its last epoch.
+    Waiting,
+    /// The joining node belongs to another cluster.
+    OtherCluster,
+    /// A name without bytes, a size beyond the map, an unknown redundancy...
+    InvalidParameters,
+    /// There is a working VDI of this name.
+    VdiExists,
+    /// No VDI of this name, or none matching.
+    NoVdi,
+    /// The name exists but not this snapshot of it.
+    NoTag,
+    /// The base is unknown or deleted.
+    NoBaseVdi,
+    /// All 2^24 - 1 ids are taken.
+    VdiIdsExhausted,
+    /// The VDI is a snapshot.
+    ReadOnly,
+    /// Another member has the lease: ask it to yield.
+    LeaseHeldBy(NodeId),
+    /// The proposer's lease is not (or no longer) the current one: take it again and retry.
+    LeaseLost,
+    /// Nothing to do: not a member, lease not held, already reported.
+    NoEffect,
+}

@@ -1,0 +1,174 @@
+//! Which copy of an object is the newest, told from the epochs since the last clean one.
+//!
+//! Every epoch may have taken writes that only its own holders know. A copy counts as *current as of* the last epoch up
+//! to which its node was, without a gap, a holder that took every write. The newest copy is the one that is current as
+//! of the latest epoch; among those, the one with the highest stamp. An absent copy counts like a present one: a node that
+//! was there all along and has no object knows that it was removed.
+//!
+//! Always holds:
+//! 1. No decision is made before at least one holder of every epoch since the clean one was heard (or the operator said
+//!    that it will not be heard): an older copy is never taken for the newest.
+//! 2. The decision does not depend on the order of the answers, and every node that hears the same answers decides
+//!    the same.
+
+use alloc::collections::BTreeSet;
+use alloc::sync::Arc;
+use alloc::vec::Vec;
+
+use crate::cluster_state::{ClusterState, EpochRecord};
+use crate::member::NodeId;
+use crate::placement::{Holders, PlacementKey, holders};
+use crate::ring::Ring;
+use crate::stamp::{Epoch, Stamp, Version};
+
+/// One epoch with its ring.
+#[derive(Clone)]
+struct HistoricEpoch {
+    record: Arc<EpochRecord>,
+    ring: Option<Arc<Ring>>,
+}
+
+/// The epochs from the last clean one to the current one.
+#[derive(Clone)]
+pub struct History {
+    epochs: Vec<HistoricEpoch>,
+}
+
+/// What one node says of its copy of one object.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Answer {
+    /// Who says it.
+    pub node: NodeId,
+    /// Its copy, if it has one.
+    pub version: Option<Version>,
+    /// The last epoch for which that node had recovered everything it must hold.
+    pub clean_through: Epoch,
+}
+
+/// What follows from the answers.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum Decision {
+    /// The object does not exist.
+    Absent,
+    /// These nodes have the newest content.
+    Newest {
+        /// Of the newest content.
+        stamp: Stamp,
+        /// Those whose copy has it, all equally good.
+        nodes: Vec<NodeId>,
+    },
+    /// Nobody who held the object in this epoch was heard; only they can know what it took.
+    Unheard(Epoch),
+}
+
+/// The ring of an epoch; none while nobody stores anything.
+fn ring_of(record: &EpochRecord) -> Option<Ring> {
+    Some(Ring::new(&record.ring_members(), record.reference_weight?))
+}
+
+impl HistoricEpoch {
+    fn holders(&self, key: PlacementKey, copies: u8) -> Holders {
+        self.ring.as_ref().map_or(Holders::EMPTY, |ring| holders(ring, key, copies))
+    }
+}
+
+impl History {
+    /// The history of a state. Rings that `previous` already has are taken from there: building one takes milliseconds.
+    pub fn of(state: &ClusterState, previous: Option<&History>) -> History {
+        let epochs = state.epochs.iter().filter(|record| record.epoch >= state.clean).map(|record| {
+            let known = previous.and_then(|history| {
+                history.epochs.iter().find(|known| Arc::ptr_eq(&known.record, record)).map(|known| known.ring.clone())
+            });
+            HistoricEpoch { record: record.clone(), ring: known.unwrap_or_else(|| ring_of(record).map(Arc::new)) }
+        });
+        History { epochs: epochs.collect() }
+    }
+
+    /// The current epoch; 0 before format.
+    pub fn current(&self) -> Epoch {
+        self.epochs.last().map_or(Epoch(0), |last| last.record.epoch)
+    }
+
+    /// The current holders of an object, in order of preference; none before format.
+    pub fn holders(&self, key: PlacementKey, copies: u8) -> Holders {
+        self.epochs.last().map_or(Holders::EMPTY, |last| last.holders(key, copies))
+    }
+
+    fn at(&self, epoch: Epoch) -> Option<&HistoricEpoch> {
+        let first = self.epochs.first()?.record.epoch;
+        self.epochs.get(epoch.get().checked_sub(first.get())? as usize)
+    }
+
+    /// Whether `node` held the object in `epoch`.
+    pub fn held(&self, node: NodeId, epoch: Epoch, key: PlacementKey, copies: u8) -> bool {
+        self.at(epoch).is_some_and(|at| at.holders(key, copies).contains(&node))
+    }
+
+    /// The last epoch before the current one up to which this node's copy (or its absence) took every write; see the
+    /// module. `None` if the node's silence about an object means nothing.
+    pub fn current_as_of(&self, answer: &Answer, key: PlacementKey, copies: u8) -> Option<Epoch> {
+        let whole_node = self.held(answer.node, answer.clean_through, key, copies).then_some(answer.clean_through);
+        let mut as_of = match (answer.version.map(|version| version.epoch), whole_node) {
+            (Some(copy), Some(node)) => copy.max(node),
+            (Some(copy), None) => copy,
+            (None, node) => node?,
+        };
+        // An epoch counts only while the same process stayed in and went on being a holder.
+        while as_of.next() < self.current() {
+            let next = as_of.next();
+            let stayed = self.at(next).is_some_and(|at| {
+                at.record.members.get(&answer.node).is_some_and(|member| member.since <= as_of)
+                    && at.holders(key, copies).contains(&answer.node)
+            });
+            if !stayed {
+                break;
+            }
+            as_of = next;
+        }
+        Some(as_of)
+    }
+
+    /// Current members that held the object in any epoch since the clean one: whoever may have something to say.
+    pub fn witnesses(&self, key: PlacementKey, copies: u8) -> BTreeSet<NodeId> {
+        let Some(last) = self.epochs.last() else { return BTreeSet::new() };
+        let everyone = self.epochs.iter().flat_map(|at| at.holders(key, copies).to_vec());
+        everyone.filter(|node| last.record.members.contains_key(node)).collect()
+    }
+
+    /// The earliest epoch in which an object with at least `copies_min` copies may have been only on nodes that are not here
+    /// now: then nobody can say that an object nobody mentioned does not exist. `None` if there is no such epoch.
+    pub fn possibly_out_of_sight(&self, copies_min: u8) -> Option<Epoch> {
+        let last = self.epochs.last()?;
+        self.epochs.iter().map(|at| &at.record).find_map(|record| {
+            let storing = record.members.values().map(|m| &m.member).filter(|member| !member.is_gateway());
+            let zones: BTreeSet<u32> = storing.clone().map(|member| member.zone).collect();
+            let absent = storing.filter(|member| !last.record.members.contains_key(&member.id));
+            let zones_absent: BTreeSet<u32> = absent.map(|member| member.zone).collect();
+            let enough = zones.len().min(usize::from(copies_min)).max(1);
+            (zones_absent.len() >= enough).then_some(record.epoch)
+        })
+    }
+
+    /// Decides which content is the newest from everybody who could be asked.
+    pub fn decide(&self, key: PlacementKey, copies: u8, answers: &[Answer]) -> Decision {
+        let before_current = self.epochs.len().saturating_sub(1);
+        for at in &self.epochs[..before_current] {
+            let held = at.holders(key, copies);
+            if !held.is_empty() && !held.iter().any(|node| answers.iter().any(|answer| answer.node == *node)) {
+                return Decision::Unheard(at.record.epoch);
+            }
+        }
+        let rank = |answer: &Answer| {
+            let as_of = self.current_as_of(answer, key, copies)?;
+            Some((as_of, answer.version.map(|version| version.stamp)))
+        };
+        let Some(best) = answers.iter().filter_map(rank).max() else { return Decision::Absent };
+        match best.1 {
+            None => Decision::Absent,
+            Some(stamp) => Decision::Newest {
+                stamp,
+                nodes: answers.iter().filter(|answer| rank(answer) == Some(best)).map(|answer| answer.node).collect(),
+            },
+        }
+    }
+}

@@ -1,0 +1,378 @@
+//! Every setting of the daemon: default, unit, range, and what is refused with which words.
+//!
+//! The option letters and refusals are those that scripts know (cli.md section 1). A refused value is one line on standard
+//! error and exit status 1.
+
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, ToSocketAddrs};
+use std::path::PathBuf;
+
+use clap::{Arg, ArgAction, Command};
+use sheep_core::units::parse_size;
+
+use crate::store::{JOURNAL_BYTES_DEFAULT, JOURNAL_BYTES_MIN};
+
+/// Default client port: the ancestor's.
+const PORT_DEFAULT: u16 = 7000;
+/// Default store directory: the ancestor's.
+const PATH_DEFAULT: &str = "/tmp";
+
+/// How nodes find each other and agree.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum ClusterDriver {
+    /// Many sheep on one machine, over a directory.
+    Local(PathBuf),
+}
+
+/// Where the log goes.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum LogDestination {
+    /// `sheep.log` in the log directory.
+    File,
+    /// Standard error.
+    Stderr,
+}
+
+/// What was asked for, checked.
+#[derive(Clone, Debug)]
+pub struct Config {
+    /// Directory of the store.
+    pub meta: PathBuf,
+    /// Further directories that hold the objects; empty for META itself.
+    pub disks: Vec<PathBuf>,
+    /// Client port.
+    pub port: u16,
+    /// Listen addresses; all interfaces, IPv4 and IPv6, if empty.
+    pub bind: Option<IpAddr>,
+    /// The address that the others and clients are told.
+    pub my_address: IpAddr,
+    /// Fault domain.
+    pub zone: u32,
+    /// See [`ClusterDriver`].
+    pub cluster: ClusterDriver,
+    /// Stores nothing.
+    pub gateway: bool,
+    /// Flushes the device; `-n` trusts that power never fails.
+    pub sync: bool,
+    /// Stays in the foreground.
+    pub foreground: bool,
+    /// File that holds the process id for life.
+    pub pid_file: Option<PathBuf>,
+    /// Journal size, bytes.
+    pub journal_bytes: u64,
+    /// Journal directory if not META.
+    pub journal_dir: Option<PathBuf>,
+    /// See [`LogDestination`].
+    pub log_destination: LogDestination,
+    /// Directory of `sheep.log` if not META.
+    pub log_dir: Option<PathBuf>,
+    /// The least important messages that are logged.
+    pub log_level: tracing::Level,
+}
+
+/// What the command line leads to.
+pub enum Parsed {
+    /// A node is to run.
+    Run(Box<Config>),
+    /// Something was to be printed, and was.
+    Printed,
+}
+
+/// What to say about a command line that cannot be obeyed.
+#[derive(Debug)]
+pub struct Usage(pub String);
+
+fn definition() -> Command {
+    let value = |short: char, long: &'static str, name: &'static str, help: &'static str| {
+        Arg::new(long).short(short).long(long).value_name(name).help(help).action(ArgAction::Set)
+    };
+    let flag = |short: char, long: &'static str, help: &'static str| {
+        Arg::new(long).short(short).long(long).help(help).action(ArgAction::SetTrue)
+    };
+    Command::new("sheep")
+        .about("The Sheepdog daemon: keeps replicated virtual disks together with its like on other machines")
+        .override_usage("sheep [OPTION]... [PATH[,DISK]...]")
+        .disable_version_flag(true)
+        .disable_help_flag(true)
+        .infer_long_args(true)
+        .args_override_self(true)
+        .arg(Arg::new("path").value_name("PATH[,DISK]...").num_args(0..).help(
+            "store directory and, after commas, further directories that hold the objects [default: /tmp]",
+        ))
+        .arg(value('b', "bindaddr", "ADDRESS", "listen on this address only [default: all interfaces]"))
+        .arg(value('c', "cluster", "DRIVER", "how nodes find each other: local[:DIRECTORY] (nodes of one machine)"))
+        .arg(flag('f', "foreground", "stay in the foreground"))
+        .arg(flag('g', "gateway", "store nothing, only serve clients"))
+        .arg(flag('h', "help", "show this text and exit"))
+        .arg(value('j', "journal", "size=S[,dir=D]", "size and directory of the journal [default: size=128M]"))
+        .arg(value(
+            'l',
+            "log",
+            "dir=D,level=L,dst=T",
+            "log directory, level (emerg alert crit err warning notice info debug), destination (default, stdout)",
+        ))
+        .arg(flag('n', "nosync", "do not flush the disk: power loss may cost data"))
+        .arg(value('p', "port", "PORT", "client port [default: 7000]"))
+        .arg(value('P', "pidfile", "FILE", "keep the process id in this file"))
+        .arg(flag('v', "version", "show the version and exit"))
+        .arg(value('y', "myaddr", "ADDRESS", "the address that others are told [default: 127.0.0.1 with local]"))
+        .arg(value('z', "zone", "ZONE", "fault domain: no two copies of an object share one [default: from the address]"))
+        .after_help(
+            "Examples:\n  sheep /data                                   a node, in the background\n  \
+             sheep -f -l dst=stdout /data                  the same, in sight\n  \
+             sheep -p 7001 -z 2 -c local:/tmp/try /data2   a second node of a try-out on one machine",
+        )
+}
+
+/// Reads a command line, program name first.
+pub fn parse(arguments: &[String]) -> Result<Parsed, Usage> {
+    let mut definition = definition();
+    let matches = match definition.try_get_matches_from_mut(arguments) {
+        Ok(matches) => matches,
+        Err(error) => return Err(Usage(explain(&error))),
+    };
+    if matches.get_flag("help") {
+        println!("{}", definition.render_long_help());
+        return Ok(Parsed::Printed);
+    }
+    if matches.get_flag("version") {
+        println!(
+            "Sheepdog daemon version {}\n\nSupported features:\n\tCluster drivers: local\n\tMiscellaneous: none",
+            env!("CARGO_PKG_VERSION")
+        );
+        return Ok(Parsed::Printed);
+    }
+    let text = |name: &str| matches.get_one::<String>(name).map(String::as_str);
+    let paths = matches.get_many::<String>("path").into_iter().flatten().next().map_or(PATH_DEFAULT, String::as_str);
+    let (meta, disks) = parse_paths(paths)?;
+    let my_address = parse_my_address(text("myaddr"))?;
+    let journal = parse_journal(text("journal"))?;
+    let log = parse_log(text("log"))?;
+    Ok(Parsed::Run(Box::new(Config {
+        meta,
+        disks,
+        port: parse_port(text("port"))?,
+        bind: text("bindaddr").map(parse_bind).transpose()?,
+        my_address,
+        zone: text("zone").map_or(Ok(default_zone(my_address)), parse_zone)?,
+        cluster: parse_cluster(text("cluster").unwrap_or("local"))?,
+        gateway: matches.get_flag("gateway"),
+        sync: !matches.get_flag("nosync"),
+        foreground: matches.get_flag("foreground") || log.destination == LogDestination::Stderr,
+        pid_file: text("pidfile").map(absolute).transpose()?,
+        journal_bytes: journal.bytes,
+        journal_dir: journal.dir,
+        log_destination: log.destination,
+        log_dir: log.dir,
+        log_level: log.level,
+    })))
+}
+
+fn explain(error: &clap::Error) -> String {
+    use clap::error::{ContextKind, ContextValue, ErrorKind};
+    let argument = match error.get(ContextKind::InvalidArg) {
+        Some(ContextValue::String(argument)) => argument.clone(),
+        _ => String::new(),
+    };
+    let what = match (error.kind(), argument.strip_prefix("--")) {
+        (ErrorKind::UnknownArgument, Some(long)) => format!("sheep: unrecognized option '--{long}'"),
+        (ErrorKind::UnknownArgument, None) => {
+            format!("sheep: invalid option -- '{}'", argument.trim_start_matches('-'))
+        }
+        (ErrorKind::InvalidValue, _) => format!("sheep: option requires an argument -- {argument}"),
+        _ => error.to_string().lines().next().unwrap_or_default().to_string(),
+    };
+    format!("{what}\nTry 'sheep --help' for more information.")
+}
+
+/// Made absolute now: a daemon changes its working directory.
+fn absolute(path: &str) -> Result<PathBuf, Usage> {
+    std::path::absolute(path).map_err(|error| Usage(format!("{path}: {error}")))
+}
+
+fn parse_paths(list: &str) -> Result<(PathBuf, Vec<PathBuf>), Usage> {
+    let mut paths = Vec::new();
+    for part in list.split(',').filter(|part| !part.is_empty()) {
+        let path = absolute(part)?;
+        if !paths.contains(&path) {
+            paths.push(path);
+        }
+    }
+    if paths.is_empty() {
+        return Err(Usage(format!("'{list}' names no directory; give the store directory")));
+    }
+    let disks = paths.split_off(1);
+    Ok((paths.remove(0), disks))
+}
+
+fn parse_port(text: Option<&str>) -> Result<u16, Usage> {
+    let Some(text) = text else { return Ok(PORT_DEFAULT) };
+    let digits = text.trim_start().strip_prefix('+').unwrap_or(text.trim_start());
+    match digits.parse::<u64>() {
+        Ok(port) if (1..=65535).contains(&port) => Ok(port as u16),
+        _ => Err(Usage(format!("Invalid port number '{text}'"))),
+    }
+}
+
+fn parse_bind(text: &str) -> Result<IpAddr, Usage> {
+    text.parse().map_err(|_| Usage(format!("Bad address '{text}'")))
+}
+
+fn parse_my_address(text: Option<&str>) -> Result<IpAddr, Usage> {
+    let Some(text) = text else { return Ok(IpAddr::V4(Ipv4Addr::LOCALHOST)) };
+    let invalid = || Usage(format!("Invalid address: '{text}'"));
+    if let Ok(address) = text.parse() {
+        return Ok(address);
+    }
+    let mut found = (text, 0).to_socket_addrs().map_err(|_| invalid())?;
+    found.next().map(|address| address.ip()).ok_or_else(invalid)
+}
+
+fn parse_zone(text: &str) -> Result<u32, Usage> {
+    text.parse()
+        .map_err(|_| Usage(format!("Invalid zone id '{text}': must be an integer between 0 and {}", u32::MAX)))
+}
+
+/// The last four bytes of the address, as the ancestor took them.
+fn default_zone(address: IpAddr) -> u32 {
+    let last = match address {
+        IpAddr::V4(v4) => v4.octets(),
+        IpAddr::V6(v6) => {
+            let octets = v6.octets();
+            [octets[12], octets[13], octets[14], octets[15]]
+        }
+    };
+    u32::from_le_bytes(last)
+}
+
+fn parse_cluster(text: &str) -> Result<ClusterDriver, Usage> {
+    match text.split_once(':') {
+        None if text == "local" => Ok(ClusterDriver::Local(default_local_directory())),
+        Some(("local", "")) => Ok(ClusterDriver::Local(default_local_directory())),
+        Some(("local", directory)) => Ok(ClusterDriver::Local(absolute(directory)?)),
+        _ => Err(Usage(format!(
+            "Invalid cluster driver '{text}'\n\nSupported features:\n\tCluster drivers: local (-c local[:DIRECTORY])"
+        ))),
+    }
+}
+
+/// One per user, so that nobody's try-out meets another's.
+fn default_local_directory() -> PathBuf {
+    std::env::temp_dir().join(format!("sheepdog-local-{}", rustix::process::getuid().as_raw()))
+}
+
+struct Journal {
+    bytes: u64,
+    dir: Option<PathBuf>,
+}
+
+fn parse_journal(text: Option<&str>) -> Result<Journal, Usage> {
+    let mut journal = Journal { bytes: JOURNAL_BYTES_DEFAULT, dir: None };
+    for part in text.into_iter().flat_map(|text| text.split(',')) {
+        match part.split_once('=') {
+            Some(("size", size)) => {
+                journal.bytes = parse_size(size).map_err(|_| Usage(format!("invalid size {size}")))?;
+                if journal.bytes < JOURNAL_BYTES_MIN {
+                    return Err(Usage(format!(
+                        "invalid size {size}, must be at least {}(M)",
+                        JOURNAL_BYTES_MIN >> 20
+                    )));
+                }
+            }
+            Some(("dir", dir)) => journal.dir = Some(absolute(dir)?),
+            _ => return Err(Usage(format!("invalid option {part}"))),
+        }
+    }
+    Ok(journal)
+}
+
+struct Log {
+    destination: LogDestination,
+    dir: Option<PathBuf>,
+    level: tracing::Level,
+}
+
+fn parse_log(text: Option<&str>) -> Result<Log, Usage> {
+    let mut log = Log { destination: LogDestination::File, dir: None, level: tracing::Level::INFO };
+    for part in text.into_iter().flat_map(|text| text.split(',')) {
+        match part.split_once('=') {
+            Some(("dir", dir)) => {
+                log.dir = Some(std::fs::canonicalize(dir).map_err(|error| Usage(format!("{dir}: {error}")))?);
+            }
+            Some(("level", level)) => log.level = parse_level(level)?,
+            Some(("dst", "default")) => log.destination = LogDestination::File,
+            Some(("dst", "stdout")) => log.destination = LogDestination::Stderr,
+            Some(("dst", other)) => {
+                return Err(Usage(format!("invalid type of log destination: {other} (default or stdout)")));
+            }
+            Some(("format", "server" | "default")) => {}
+            Some(("format", other)) => return Err(Usage(format!("invalid log format: {other} (server)"))),
+            _ => return Err(Usage(format!("invalid option {part}"))),
+        }
+    }
+    Ok(log)
+}
+
+fn parse_level(text: &str) -> Result<tracing::Level, Usage> {
+    match text {
+        "emerg" | "alert" | "crit" | "err" => Ok(tracing::Level::ERROR),
+        "warning" => Ok(tracing::Level::WARN),
+        "notice" | "info" => Ok(tracing::Level::INFO),
+        "debug" => Ok(tracing::Level::DEBUG),
+        _ => Err(Usage(format!(
+            "Invalid log level '{text}'\nAvailable log levels: emerg alert crit err warning notice info debug"
+        ))),
+    }
+}
+
+/// The addresses to listen on.
+pub fn listen_addresses(config: &Config) -> Vec<IpAddr> {
+    match config.bind {
+        Some(address) => vec![address],
+        None => vec![Ipv4Addr::UNSPECIFIED.into(), Ipv6Addr::UNSPECIFIED.into()],
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parsed(line: &str) -> Result<Config, String> {
+        let words: Vec<String> = ["sheep"].into_iter().chain(line.split_whitespace()).map(String::from).collect();
+        match parse(&words) {
+            Ok(Parsed::Run(config)) => Ok(*config),
+            Ok(Parsed::Printed) => Err("printed".into()),
+            Err(Usage(text)) => Err(text),
+        }
+    }
+
+    #[test]
+    fn what_scripts_write_is_understood() {
+        let config = parsed("-fp7801 -z 2 /data,/d1,,/d2 --pid /run/x -nc local:/tmp/x").unwrap();
+        assert_eq!((config.port, config.zone, config.foreground, config.sync), (7801, 2, true, false));
+        assert_eq!(config.meta, PathBuf::from("/data"));
+        assert_eq!(config.disks, [PathBuf::from("/d1"), PathBuf::from("/d2")]);
+        assert_eq!(config.cluster, ClusterDriver::Local("/tmp/x".into()));
+        assert_eq!(parsed("/data").unwrap().zone, 16_777_343);
+        assert_eq!(parsed("-y 127.0.0.2 /data").unwrap().zone, 33_554_559);
+        assert_eq!(parsed("-y ::1 /data").unwrap().zone, 16_777_216);
+    }
+
+    #[test]
+    fn bad_values_are_refused_in_the_known_words() {
+        for (line, text) in [
+            ("-p 0 /d", "Invalid port number '0'"),
+            ("-p 42a /d", "Invalid port number '42a'"),
+            ("-p 65536 /d", "Invalid port number '65536'"),
+            ("-b nonsense /d", "Bad address 'nonsense'"),
+            ("-z x /d", "Invalid zone id 'x': must be an integer between 0 and 4294967295"),
+            ("-l level=loud /d", "Invalid log level 'loud'"),
+            ("-l dst=moon /d", "invalid type of log destination: moon"),
+            ("-j size=1M /d", "invalid size 1M, must be at least 8(M)"),
+            ("-c corosync /d", "Invalid cluster driver 'corosync'"),
+            ("-q /d", "sheep: invalid option -- 'q'"),
+        ] {
+            let error = parsed(line).unwrap_err();
+            assert!(error.starts_with(text), "{line}: {error}");
+        }
+    }
+}

@@ -1,0 +1,160 @@
+//! The writer lease of one VDI on this gateway, and the writes under way under it.
+//!
+//! Always holds:
+//! 1. Sequences are given out one after the other, and messages to a holder leave in their order: over one link, or,
+//!    after that link broke or the epoch changed, everything unanswered first.
+//! 2. A write is done when every holder of the current epoch has answered for that epoch.
+//! 3. `settled` is below every write that is not done.
+
+use std::collections::{BTreeMap, HashMap};
+use std::ops::Range;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use bytes::Bytes;
+use qemu_proto::oid::{Oid, VdiId};
+use sheep_core::member::NodeId;
+use sheep_core::peer_message::{FLAG_CREATE, PeerKind, PeerRequest};
+use sheep_core::stamp::Epoch;
+use tokio::sync::{Notify, oneshot};
+
+use super::WriteError;
+use crate::data::view::Location;
+use crate::store::Permit;
+
+/// One granted lease.
+pub struct Lease {
+    /// What may be written.
+    pub vdi: VdiId,
+    /// Of the grant.
+    pub generation: u32,
+    state: Mutex<LeaseState>,
+    /// Told when a write ended.
+    pub ended: Notify,
+}
+
+/// What changes.
+pub struct LeaseState {
+    /// The last sequence given out.
+    pub sequence: u64,
+    /// The epoch in which everything in `under_way` was last sent.
+    pub epoch: Epoch,
+    /// By sequence.
+    pub under_way: BTreeMap<u64, WriteUnderWay>,
+    /// Which writes touch an object.
+    pub by_object: HashMap<Oid, Vec<u64>>,
+    /// The link over which each holder was last sent to.
+    pub links: HashMap<NodeId, u64>,
+    /// No new write may begin: the lease is being given back, or was lost.
+    pub closed: bool,
+    /// Whether the holders have yet to hear the last settled sequence.
+    pub mark_due: bool,
+}
+
+/// A write that not every holder has answered.
+pub struct WriteUnderWay {
+    /// As sent, but for the epoch.
+    pub request: PeerRequest,
+    /// The bytes.
+    pub data: Bytes,
+    /// Where its object lives.
+    pub location: Location,
+    /// Journal space for the copy on this node, until it is submitted there.
+    pub permit: Option<Permit>,
+    /// Holders that have not answered in the current epoch.
+    pub waiting: Vec<NodeId>,
+    /// Told when it is done.
+    pub done: Option<oneshot::Sender<Result<(), WriteError>>>,
+}
+
+impl WriteUnderWay {
+    /// Bytes of the object it touches; a creation and a removal touch all of it.
+    pub fn range(&self) -> Range<u64> {
+        let removal = self.request.kind == PeerKind::Remove;
+        if removal || self.request.has(FLAG_CREATE) {
+            0..u64::MAX
+        } else {
+            self.request.offset..self.request.offset + self.data.len() as u64
+        }
+    }
+}
+
+impl Lease {
+    /// A lease that was just granted.
+    pub fn new(vdi: VdiId, generation: u32) -> Arc<Lease> {
+        Arc::new(Lease {
+            vdi,
+            generation,
+            state: Mutex::new(LeaseState {
+                sequence: 0,
+                epoch: Epoch(0),
+                under_way: BTreeMap::new(),
+                by_object: HashMap::new(),
+                links: HashMap::new(),
+                closed: false,
+                mark_due: false,
+            }),
+            ended: Notify::new(),
+        })
+    }
+
+    /// Held only for moments, never across a wait.
+    pub fn state(&self) -> MutexGuard<'_, LeaseState> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Refuses new writes and waits until none is under way.
+    pub async fn drain(&self) {
+        loop {
+            let ended = self.ended.notified();
+            {
+                let mut state = self.state();
+                state.closed = true;
+                if state.under_way.is_empty() {
+                    return;
+                }
+            }
+            ended.await;
+        }
+    }
+
+    /// Waits until no write under way touches a range of an object.
+    pub async fn await_writes(&self, oid: Oid, range: &Range<u64>) {
+        loop {
+            let ended = self.ended.notified();
+            if !self.state().touches(oid, range) {
+                return;
+            }
+            ended.await;
+        }
+    }
+}
+
+impl LeaseState {
+    /// Whether a write under way touches a range of an object.
+    pub fn touches(&self, oid: Oid, range: &Range<u64>) -> bool {
+        self.by_object.get(&oid).into_iter().flatten().any(|sequence| {
+            self.under_way.get(sequence).is_some_and(|write| {
+                let touched = write.range();
+                touched.start < range.end && range.start < touched.end
+            })
+        })
+    }
+
+    /// See invariant 3.
+    pub fn settled(&self) -> u64 {
+        self.under_way.keys().next().map_or(self.sequence, |first| first - 1)
+    }
+
+    /// Takes a finished write out.
+    pub fn remove(&mut self, sequence: u64) -> Option<WriteUnderWay> {
+        let write = self.under_way.remove(&sequence)?;
+        if let Some(sequences) = self.by_object.get_mut(&write.request.oid) {
+            sequences.retain(|other| *other != sequence);
+            if sequences.is_empty() {
+                self.by_object.remove(&write.request.oid);
+            }
+        }
+        self.mark_due = true;
+        Some(write)
+    }
+}

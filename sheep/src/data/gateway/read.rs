@@ -1,0 +1,160 @@
+//! One client read: the nearest holder whose copy is current, the others if it cannot answer.
+//!
+//! A read that overlaps a write under way on this gateway waits for it, so that no reader sees bytes that a crash could
+//! still take back; a read through a gateway that is not the writer's is marked foreign and waits at the holder.
+
+use std::time::Duration;
+
+use bytes::Bytes;
+use qemu_proto::oid::Oid;
+use sheep_core::member::NodeId;
+use sheep_core::peer_message::{FLAG_FOREIGN, FLAG_WAIT, PeerKind, PeerRequest, Verdict};
+
+use super::ReadFailure;
+use crate::data::Data;
+use crate::data::view::View;
+
+/// How long one holder may take to be connected before the next is tried.
+const PATIENCE: Duration = Duration::from_millis(200);
+/// Between rounds when no holder could answer; a change of members ends the wait as well.
+const RETRY_INTERVAL: Duration = Duration::from_millis(20);
+/// Rounds after which damage or device errors on every copy are told to the client instead of tried again.
+const ROUNDS_MAX: u32 = 3;
+
+fn request_for(data: &Data, view: &View, oid: Oid, offset: u64, length: usize) -> PeerRequest {
+    let mut request = PeerRequest::new(PeerKind::Read, view.epoch(), data.node());
+    request.oid = oid;
+    request.offset = offset;
+    request.length = length as u32;
+    let lease = view.state.leases.get(&oid.vid().get()).and_then(|lease| lease.holder);
+    if lease.is_some_and(|writer| writer != data.node()) {
+        request.flags |= FLAG_FOREIGN;
+    }
+    request
+}
+
+/// The bytes, if this node has a current copy in memory and nothing has to be waited for.
+pub fn read_now(data: &Data, oid: Oid, offset: u64, length: usize) -> Option<Bytes> {
+    let view = data.view();
+    let holder = data.holder()?;
+    if let Some(lease) = data.leases().held(oid.vid())
+        && lease.state().touches(oid, &(offset..offset + length as u64))
+    {
+        return None;
+    }
+    let location = view.locate(oid)?;
+    if !view.holders(&location).contains(&data.node()) {
+        return None;
+    }
+    holder.read_now(&request_for(data, &view, oid, offset, length))?.ok()
+}
+
+/// Reads from the nearest holder that can answer.
+pub async fn read(data: &Data, oid: Oid, offset: u64, length: usize) -> Result<Bytes, ReadFailure> {
+    let end = offset.checked_add(length as u64).ok_or(ReadFailure::Invalid)?;
+    let mut failures = 0;
+    loop {
+        if let Some(lease) = data.leases().held(oid.vid()) {
+            lease.await_writes(oid, &(offset..end)).await;
+        }
+        let view = data.view();
+        let location = view.locate(oid).ok_or(ReadFailure::Missing)?;
+        if end > location.object_bytes {
+            return Err(ReadFailure::Invalid);
+        }
+        let mut request = request_for(data, &view, oid, offset, length);
+        match one_round(data, &view, &mut request, &nearest_first(data, &view.holders(&location))).await {
+            Round::Answer(bytes) => return Ok(bytes),
+            Round::Missing => return Err(ReadFailure::Missing),
+            Round::Invalid => return Err(ReadFailure::Invalid),
+            Round::Again => {}
+            Round::Failed => {
+                failures += 1;
+                if failures == ROUNDS_MAX {
+                    return Err(ReadFailure::Failed);
+                }
+            }
+            Round::Nobody => return Err(ReadFailure::NoHolders),
+        }
+        data.wait_for_change(&view, RETRY_INTERVAL).await;
+    }
+}
+
+/// This node first, then the others, beginning at a place that spreads the readers.
+fn nearest_first(data: &Data, holders: &[NodeId]) -> Vec<NodeId> {
+    let mut order = holders.to_vec();
+    if !order.is_empty() {
+        let start = (data.node().get() % order.len() as u64) as usize;
+        order.rotate_left(start);
+    }
+    order.sort_by_key(|node| *node != data.node());
+    order
+}
+
+enum Round {
+    Answer(Bytes),
+    Missing,
+    Invalid,
+    /// Nobody could answer yet.
+    Again,
+    /// Everybody who answered has a damaged copy or a failing device.
+    Failed,
+    Nobody,
+}
+
+async fn one_round(data: &Data, view: &View, request: &mut PeerRequest, order: &[NodeId]) -> Round {
+    if order.is_empty() {
+        return Round::Nobody;
+    }
+    let mut damaged = Vec::new();
+    let mut undecided = 0;
+    let mut result = Round::Again;
+    for node in order {
+        match ask(data, *node, request).await {
+            Ok(bytes) => {
+                result = Round::Answer(bytes);
+                break;
+            }
+            Err(Some(Verdict::Missing)) => {
+                result = Round::Missing;
+                break;
+            }
+            Err(Some(Verdict::Invalid)) => return Round::Invalid,
+            Err(Some(Verdict::Corrupt | Verdict::Failed)) => damaged.push(*node),
+            Err(_) => undecided += 1,
+        }
+    }
+    if matches!(result, Round::Answer(_)) {
+        for node in &damaged {
+            data.ask_repair(*node, request.oid, view.epoch());
+        }
+    } else if matches!(result, Round::Again) && undecided == 0 && damaged.len() == order.len() {
+        return Round::Failed;
+    } else if matches!(result, Round::Again) && !request.has(FLAG_WAIT) && undecided > 0 {
+        // Nobody is sure of its copy: let the nearest find out for this read, ahead of its turn.
+        request.flags |= FLAG_WAIT;
+        for node in order {
+            if let Ok(bytes) = ask(data, *node, request).await {
+                return Round::Answer(bytes);
+            }
+        }
+    }
+    result
+}
+
+async fn ask(data: &Data, node: NodeId, request: &PeerRequest) -> Result<Bytes, Option<Verdict>> {
+    if node == data.node() {
+        let Some(holder) = data.holder() else { return Err(None) };
+        if request.has(FLAG_WAIT) && crate::data::recovery::ensure_current(data, request.oid, request.epoch).await.is_err()
+        {
+            return Err(None);
+        }
+        return holder.read(request).await.map_err(Some);
+    }
+    let (answer, payload) = data.links().call(node, *request, Bytes::new(), PATIENCE).await.map_err(|_| None)?;
+    match answer.verdict {
+        Verdict::Ok if payload.len() == request.length as usize => Ok(payload),
+        Verdict::Ok => Err(None),
+        verdict => Err(Some(verdict)),
+    }
+}

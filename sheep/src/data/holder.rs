@@ -1,0 +1,526 @@
+//! This node's copies: which of them may be used, and in which order writes reach them.
+//!
+//! A copy may be used when it is *current*: known to be the newest there is in this epoch. Right after a change of members
+//! only some copies are; the others are compared with the other holders', and fetched where they are older, by
+//! `recovery`. Writes to a copy that is not current yet are parked and applied, in the order they came, when it is.
+//!
+//! Always holds:
+//! 1. The writes of an object are submitted to the store in stamp order: a gateway sends them in that order over one
+//!    connection, and once one is parked every later one to the same object is parked behind it.
+//! 2. Nothing of an older epoch is accepted, and nothing of an older lease generation than one that has written.
+//! 3. A foreign reader (not the lease holder) sees only what is on all holders, so what it saw cannot be taken back by a
+//!    crash.
+
+use std::collections::{HashMap, HashSet, VecDeque};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use bytes::Bytes;
+use qemu_proto::oid::{Oid, VdiId};
+use sheep_core::cluster_state::ClusterState;
+use sheep_core::member::NodeId;
+use sheep_core::peer_message::{
+    FLAG_COPY, FLAG_CREATE, FLAG_DURABLE, FLAG_FOREIGN, PeerKind, PeerRequest, Verdict,
+};
+use sheep_core::stamp::{Epoch, Stamp, Version};
+use tokio::sync::{Notify, oneshot};
+
+use super::view::View;
+use crate::store::{Durability, Permit, ReadError, Store, SubmitError, Ticket, Write, WriteKind};
+
+/// The copies of one node. Shared by the gateway of the same node and by the connections of all others.
+pub struct Holder {
+    node: NodeId,
+    store: Store,
+    state: Mutex<State>,
+    /// Told whenever a copy became current, a mark moved or the epoch changed.
+    changed: Notify,
+}
+
+struct State {
+    view: Arc<View>,
+    /// Below: what is known of this epoch. While false, every copy is current.
+    recovering: bool,
+    /// Whether this node had everything at the end of the epoch before and was in it all along.
+    continued: bool,
+    /// Objects that a writer left half-written, or whose copy here is damaged: not current until compared, whatever the
+    /// fields above say.
+    suspects: HashSet<Oid>,
+    /// Copies found damaged: they count as absent until they are replaced.
+    damaged: HashSet<Oid>,
+    /// Compared (and fetched) in this epoch.
+    confirmed: HashSet<Oid>,
+    parked: HashMap<Oid, VecDeque<Parked>>,
+    /// Per VDI, what its writer has told.
+    marks: HashMap<VdiId, Marks>,
+}
+
+/// What is known of the writes of one lease.
+#[derive(Default)]
+struct Marks {
+    generation: u32,
+    /// Every write up to this is on all holders.
+    settled: u64,
+    /// Writes above it, ascending.
+    recent: VecDeque<(u64, Oid)>,
+}
+
+struct Parked {
+    request: PeerRequest,
+    data: Bytes,
+    answer: oneshot::Sender<Pending>,
+}
+
+/// A write on its way.
+pub enum Pending {
+    /// Decided already.
+    Now(Verdict),
+    /// In the store's journal.
+    Ticket(Ticket),
+    /// Waiting for its object to become current.
+    Parked(oneshot::Receiver<Pending>),
+}
+
+impl Pending {
+    /// Waits for the end.
+    pub async fn finish(mut self) -> Verdict {
+        loop {
+            match self {
+                Pending::Now(verdict) => return verdict,
+                Pending::Ticket(ticket) => {
+                    return match ticket.await {
+                        Ok(()) => Verdict::Ok,
+                        Err(error) => {
+                            tracing::error!("a write failed: {error}");
+                            Verdict::Failed
+                        }
+                    };
+                }
+                Pending::Parked(receiver) => match receiver.await {
+                    Ok(next) => self = next,
+                    // The epoch it was sent in is over.
+                    Err(_) => return Verdict::OldEpoch,
+                },
+            }
+        }
+    }
+}
+
+impl Holder {
+    /// The copies of `store`, in the epoch of `view`.
+    pub fn new(node: NodeId, store: Store, view: Arc<View>) -> Holder {
+        let state = State {
+            view,
+            recovering: true,
+            continued: false,
+            suspects: HashSet::new(),
+            damaged: HashSet::new(),
+            confirmed: HashSet::new(),
+            parked: HashMap::new(),
+            marks: HashMap::new(),
+        };
+        Holder { node, store, state: Mutex::new(state), changed: Notify::new() }
+    }
+
+    /// Who this node is.
+    pub fn node(&self) -> NodeId {
+        self.node
+    }
+
+    /// Where the copies are kept.
+    pub fn store(&self) -> &Store {
+        &self.store
+    }
+
+    /// Told whenever a copy became current, a mark moved or the epoch changed.
+    pub fn changed(&self) -> &Notify {
+        &self.changed
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The epoch in which this node takes requests.
+    pub fn epoch(&self) -> Epoch {
+        self.state().view.epoch()
+    }
+
+    /// The view in which this node takes requests.
+    pub fn view(&self) -> Arc<View> {
+        self.state().view.clone()
+    }
+
+    /// A newer view. True if the epoch changed, so that recovery must begin.
+    pub fn enter(&self, view: Arc<View>) -> bool {
+        let mut state = self.state();
+        let before = state.view.epoch();
+        if view.epoch() == before {
+            state.view = view;
+            // Nobody is waiting for an epoch, but somebody may wait for the cluster to run.
+            self.changed.notify_waiters();
+            return false;
+        }
+        assert!(view.epoch() > before || view.state.cluster_id != state.view.state.cluster_id, "epochs only go forward");
+        let previous = Epoch(view.epoch().get().saturating_sub(1));
+        let in_since = view.state.members.get(&self.node).map(|member| member.since);
+        state.continued =
+            in_since.is_some_and(|since| since <= previous) && self.store.clean_through() == previous;
+        if !state.continued {
+            state.suspects.clear();
+        }
+        let suspects = take_suspects(&mut state.marks, &view.state);
+        state.suspects.extend(suspects);
+        state.recovering = true;
+        state.confirmed.clear();
+        // Dropping the parked writes answers `OldEpoch`: their gateway sends them again in this epoch.
+        state.parked.clear();
+        state.view = view;
+        self.changed.notify_waiters();
+        true
+    }
+
+    /// Objects that must be compared before anything else is: a writer left them half-written.
+    pub fn suspects(&self) -> Vec<Oid> {
+        self.state().suspects.iter().copied().collect()
+    }
+
+    /// Whether this node's copy of an object (or its absence) is the newest there is.
+    pub fn is_current(&self, oid: Oid) -> bool {
+        is_current(&self.state(), self.node, oid)
+    }
+
+    /// Whether anything may not be current.
+    pub fn is_recovering(&self) -> bool {
+        self.state().recovering
+    }
+
+    /// A copy was compared, and fetched if need be, in `epoch`: parked writes go on.
+    pub fn confirm(&self, oid: Oid, epoch: Epoch) {
+        let mut state = self.state();
+        if state.view.epoch() != epoch {
+            return;
+        }
+        state.suspects.remove(&oid);
+        state.confirmed.insert(oid);
+        self.unpark(&mut state, oid);
+        drop(state);
+        self.changed.notify_waiters();
+    }
+
+    /// Submits the parked writes of an object, in order, as far as there is space.
+    fn unpark(&self, state: &mut State, oid: Oid) {
+        let mut parked = state.parked.remove(&oid).unwrap_or_default();
+        while let Some(first) = parked.pop_front() {
+            let permit = self.store.admit_now(first.data.len() as u64);
+            match self.submit(state, &first.request, first.data.clone(), permit) {
+                Pending::Now(Verdict::NoSpace) => {
+                    parked.push_front(first);
+                    state.parked.insert(oid, parked);
+                    return;
+                }
+                pending => {
+                    let _ = first.answer.send(pending);
+                }
+            }
+        }
+    }
+
+    /// Tries the writes again that found no space.
+    pub fn retry_parked(&self) {
+        let mut state = self.state();
+        let ready: Vec<Oid> =
+            state.parked.keys().copied().filter(|oid| is_current(&state, self.node, *oid)).collect();
+        for oid in ready {
+            self.unpark(&mut state, oid);
+        }
+    }
+
+    /// The copy of an object is damaged: it counts as absent, and must be compared before it is used again.
+    pub fn distrust(&self, oid: Oid) {
+        let mut state = self.state();
+        state.suspects.insert(oid);
+        state.damaged.insert(oid);
+    }
+
+    /// The copy was replaced.
+    pub fn trust_again(&self, oid: Oid) {
+        self.state().damaged.remove(&oid);
+    }
+
+    /// The version of the copy here, if there is one that can be read.
+    pub fn version(&self, oid: Oid) -> Option<Version> {
+        let damaged = self.state().damaged.contains(&oid);
+        self.store.entry(oid).filter(|_| !damaged).map(|entry| entry.version)
+    }
+
+    /// Whether this node is about to run out of space: gateways stop sending writes before one has to be refused.
+    pub fn is_nearly_full(&self) -> bool {
+        self.store.is_nearly_full()
+    }
+
+    /// Forgets everything: the cluster was formatted anew.
+    pub async fn wipe(&self) {
+        {
+            let mut state = self.state();
+            state.marks.clear();
+            state.parked.clear();
+            state.suspects.clear();
+            state.damaged.clear();
+        }
+        let last = Version { epoch: Epoch(u32::MAX), stamp: Stamp { generation: u32::MAX, sequence: u64::MAX } };
+        loop {
+            let entries = self.store.entries(None, 4096);
+            let tickets: Vec<Ticket> = entries.iter().map(|(oid, _)| self.store.remove(*oid, last)).collect();
+            if tickets.is_empty() {
+                break;
+            }
+            for ticket in tickets {
+                if let Err(error) = ticket.await {
+                    tracing::error!("cannot remove what was there before the format: {error}");
+                    return;
+                }
+            }
+        }
+        if let Err(error) = self.store.set_clean_through(Epoch(0)).await {
+            tracing::error!("cannot note the format: {error}");
+        }
+    }
+
+    /// Every copy was compared in `epoch`. False if that epoch is over.
+    pub fn recovered(&self, epoch: Epoch) -> bool {
+        let mut state = self.state();
+        if state.view.epoch() != epoch {
+            return false;
+        }
+        state.recovering = false;
+        state.confirmed.clear();
+        drop(state);
+        self.changed.notify_waiters();
+        true
+    }
+
+    /// Checks and submits a write; the order of calls is the order in which an object's writes are applied. `Err` gives the
+    /// object that must be brought up to date first (the write is parked behind it).
+    pub fn write(&self, request: &PeerRequest, data: Bytes, permit: Permit) -> (Pending, Option<Oid>) {
+        let mut state = self.state();
+        if let Some(verdict) = self.refuse(&mut state, request) {
+            return (Pending::Now(verdict), None);
+        }
+        let waits_for = self.waits_for(&state, request);
+        if waits_for.is_some() || state.parked.contains_key(&request.oid) {
+            // A parked write may wait for other nodes; journal space must not (it may be what they wait for).
+            drop(permit);
+            let (answer, receiver) = oneshot::channel();
+            let parked = Parked { request: *request, data, answer };
+            state.parked.entry(request.oid).or_default().push_back(parked);
+            return (Pending::Parked(receiver), Some(request.oid));
+        }
+        match self.submit(&mut state, request, data.clone(), permit) {
+            // Refusing it here while other holders take it would leave the copies different: it waits for space.
+            Pending::Now(Verdict::NoSpace) => {
+                tracing::error!("no space for a write to object {}: it waits; free space or add a disk", request.oid);
+                let (answer, receiver) = oneshot::channel();
+                state.parked.entry(request.oid).or_default().push_back(Parked { request: *request, data, answer });
+                (Pending::Parked(receiver), None)
+            }
+            pending => (pending, None),
+        }
+    }
+
+    fn waits_for(&self, state: &State, request: &PeerRequest) -> Option<Oid> {
+        if !is_current(state, self.node, request.oid) {
+            return Some(request.oid);
+        }
+        let copies = request.has(FLAG_COPY) && !is_current(state, self.node, request.source);
+        copies.then_some(request.source)
+    }
+
+    /// What other objects the parked writes of `oid` need: the sources of their copies.
+    pub fn sources_needed(&self, oid: Oid) -> Vec<Oid> {
+        let state = self.state();
+        let parked = state.parked.get(&oid).into_iter().flatten();
+        let sources = parked.filter(|parked| parked.request.has(FLAG_COPY)).map(|parked| parked.request.source);
+        sources.filter(|source| !is_current(&state, self.node, *source)).collect()
+    }
+
+    fn refuse(&self, state: &mut State, request: &PeerRequest) -> Option<Verdict> {
+        if request.epoch != state.view.epoch() {
+            return Some(Verdict::OldEpoch);
+        }
+        let vdi = request.oid.vid();
+        let known = state.view.state.leases.get(&vdi.get()).map_or(0, |lease| lease.generation);
+        let marks = state.marks.entry(vdi).or_default();
+        if request.stamp.generation < known.max(marks.generation) {
+            return Some(Verdict::Fenced);
+        }
+        if request.stamp.generation > marks.generation {
+            // The lease changed hands after the last holder's writes were drained (or compared, if it died).
+            *marks = Marks { generation: request.stamp.generation, ..Marks::default() };
+        }
+        note_settled(marks, request.settled);
+        None
+    }
+
+    fn submit(&self, state: &mut State, request: &PeerRequest, data: Bytes, permit: Permit) -> Pending {
+        let version = Version { epoch: request.epoch, stamp: request.stamp };
+        if request.kind == PeerKind::Remove {
+            return Pending::Ticket(self.store.remove(request.oid, version));
+        }
+        let kind = if request.has(FLAG_COPY) {
+            WriteKind::CopyOf { source: request.source, size_bytes: request.object_bytes }
+        } else if request.has(FLAG_CREATE) {
+            WriteKind::Create { size_bytes: request.object_bytes }
+        } else {
+            WriteKind::Overwrite
+        };
+        let durability = if request.has(FLAG_DURABLE) { Durability::Durable } else { Durability::WriteBack };
+        let write = Write {
+            oid: request.oid,
+            version,
+            offset: request.offset,
+            data,
+            kind,
+            durability,
+        };
+        match self.store.submit(permit, write) {
+            Ok(ticket) => {
+                if let Some(marks) = state.marks.get_mut(&request.oid.vid())
+                    && marks.generation == request.stamp.generation
+                {
+                    marks.recent.push_back((request.stamp.sequence, request.oid));
+                }
+                Pending::Ticket(ticket)
+            }
+            Err(error) => Pending::Now(verdict_of(&error)),
+        }
+    }
+
+    /// The writer says that everything up to a sequence is on all holders.
+    pub fn settle(&self, vdi: VdiId, generation: u32, settled: u64) {
+        let mut state = self.state();
+        if let Some(marks) = state.marks.get_mut(&vdi)
+            && marks.generation == generation
+        {
+            note_settled(marks, settled);
+            drop(state);
+            self.changed.notify_waiters();
+        }
+    }
+
+    /// Reads if this node's copy is current; `NotCurrent` otherwise.
+    pub async fn read(&self, request: &PeerRequest) -> Result<Bytes, Verdict> {
+        self.await_settled(request).await?;
+        self.check_current(request)?;
+        self.store.read(request.oid, request.offset, request.length as usize).await.map_err(|e| self.read_failed(request.oid, &e))
+    }
+
+    /// As `read`, if that needs no waiting at all.
+    pub fn read_now(&self, request: &PeerRequest) -> Option<Result<Bytes, Verdict>> {
+        {
+            let state = self.state();
+            if state.recovering || state.view.epoch() != request.epoch || unsettled(&state, request) {
+                return None;
+            }
+        }
+        let read = self.store.read_now(request.oid, request.offset, request.length as usize)?;
+        Some(read.map_err(|error| self.read_failed(request.oid, &error)))
+    }
+
+    fn check_current(&self, request: &PeerRequest) -> Result<(), Verdict> {
+        let state = self.state();
+        if state.view.epoch() != request.epoch {
+            return Err(Verdict::OldEpoch);
+        }
+        if is_current(&state, self.node, request.oid) { Ok(()) } else { Err(Verdict::NotCurrent) }
+    }
+
+    /// Invariant 3 of the module.
+    async fn await_settled(&self, request: &PeerRequest) -> Result<(), Verdict> {
+        loop {
+            let changed = self.changed.notified();
+            {
+                let state = self.state();
+                if state.view.epoch() != request.epoch {
+                    return Err(Verdict::OldEpoch);
+                }
+                if !unsettled(&state, request) {
+                    return Ok(());
+                }
+            }
+            changed.await;
+        }
+    }
+
+    fn read_failed(&self, oid: Oid, error: &ReadError) -> Verdict {
+        match error {
+            ReadError::Missing => Verdict::Missing,
+            ReadError::OutOfRange => Verdict::Invalid,
+            ReadError::Corrupt { .. } => {
+                tracing::error!("the copy of object {oid} on this node is damaged ({error}); reading another copy");
+                Verdict::Corrupt
+            }
+            ReadError::Io { .. } => {
+                tracing::error!("cannot read object {oid}: {error}");
+                Verdict::Failed
+            }
+        }
+    }
+}
+
+fn verdict_of(error: &SubmitError) -> Verdict {
+    match error {
+        SubmitError::Missing => Verdict::Missing,
+        SubmitError::OutOfRange => Verdict::Invalid,
+        SubmitError::NoSpace => Verdict::NoSpace,
+        SubmitError::TooLarge { .. } => Verdict::Invalid,
+        SubmitError::Stopped(_) => Verdict::Failed,
+    }
+}
+
+fn is_current(state: &State, node: NodeId, oid: Oid) -> bool {
+    if state.suspects.contains(&oid) {
+        return false;
+    }
+    if !state.recovering || state.confirmed.contains(&oid) {
+        return true;
+    }
+    if !state.continued {
+        return false;
+    }
+    let previous = Epoch(state.view.epoch().get() - 1);
+    state
+        .view
+        .locate(oid)
+        .is_some_and(|at| state.view.history.held(node, previous, at.key, at.copies))
+}
+
+fn unsettled(state: &State, request: &PeerRequest) -> bool {
+    request.has(FLAG_FOREIGN)
+        && state
+            .marks
+            .get(&request.oid.vid())
+            .is_some_and(|marks| marks.recent.iter().any(|(_, oid)| *oid == request.oid))
+}
+
+fn note_settled(marks: &mut Marks, settled: u64) {
+    marks.settled = marks.settled.max(settled);
+    while marks.recent.front().is_some_and(|(sequence, _)| *sequence <= marks.settled) {
+        marks.recent.pop_front();
+    }
+}
+
+/// The unsettled objects of writers that are gone: their lease is free, or somebody else's. A writer that is still there
+/// sends again what was under way.
+fn take_suspects(marks: &mut HashMap<VdiId, Marks>, cluster: &ClusterState) -> Vec<Oid> {
+    let mut suspects = Vec::new();
+    for (vdi, marks) in marks.iter_mut() {
+        let held = cluster
+            .leases
+            .get(&vdi.get())
+            .is_some_and(|lease| lease.generation == marks.generation && lease.holder.is_some());
+        if !held {
+            suspects.extend(marks.recent.drain(..).map(|(_, oid)| oid));
+        }
+    }
+    suspects
+}

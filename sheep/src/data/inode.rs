@@ -1,0 +1,299 @@
+//! The inode of a VDI: its header comes from the ordered state, its map from an object.
+//!
+//! The header is never stored: what clients read is made from the VDI table, and what they write becomes an ordered
+//! command, so a stale header in a client's memory cannot undo a snapshot or a resize. The map is an object like any other,
+//! made at its first write: until then a VDI has its parent's map. A snapshot or clone therefore costs one ordered
+//! command, however large the volume is.
+//!
+//! A crash between a data object's creation and its map entry leaves an object nobody refers to; the next creation of that
+//! object replaces it.
+
+use bytes::{Bytes, BytesMut};
+use qemu_proto::inode::{
+    HEADER_BYTES, INODE_BYTES, InodeHeader, MAP_ENTRY_BYTES, MAP_OFFSET, QEMU_INODE_BYTES, map_entries,
+    map_entries_touched, map_offset,
+};
+use qemu_proto::oid::{Oid, VdiId};
+use sheep_core::command::{Command, Outcome, Refusal, VdiEdit};
+use sheep_core::vdi::Vdi;
+
+use super::Data;
+use super::gateway::write::{Base, ObjectWrite, write};
+use super::gateway::{ReadFailure, WriteError, read};
+
+/// Why an inode could not be read or written.
+#[derive(Debug, thiserror::Error)]
+pub enum InodeError {
+    /// There is no such VDI.
+    #[error("no such VDI")]
+    Missing,
+    /// Beyond the inode, or an entry that names no VDI.
+    #[error("the request does not fit the inode")]
+    Invalid,
+    /// The VDI is a snapshot.
+    #[error("the VDI is a snapshot")]
+    ReadOnly,
+    /// The map could not be read.
+    #[error(transparent)]
+    Read(#[from] ReadFailure),
+    /// The map could not be written.
+    #[error(transparent)]
+    Write(#[from] WriteError),
+}
+
+/// How a client writes inodes, as far as it matters here.
+#[derive(Clone, Copy, Debug)]
+pub struct InodeWriter {
+    /// A request of QEMU's driver on a connection of its own, not one of its data connection.
+    pub qemu_synchronous: bool,
+    /// Whether the write must be durable when done.
+    pub durable: bool,
+}
+
+/// The header that clients see.
+pub fn header_of(vdi: &Vdi) -> InodeHeader {
+    let mut header = InodeHeader {
+        create_time: vdi.create_time,
+        snap_ctime: vdi.snapshot_time,
+        vm_clock_nsec: vdi.vm_clock_ns,
+        vdi_size: if vdi.deleted { 0 } else { vdi.size_bytes },
+        vm_state_size: vdi.vm_state_bytes,
+        nr_copies: vdi.copies,
+        block_size_shift: vdi.object_size_shift,
+        snap_id: vdi.snapshot_id,
+        vdi_id: vdi.id.get(),
+        parent_vdi_id: vdi.parent.map_or(0, VdiId::get),
+        ..InodeHeader::default()
+    };
+    if !vdi.deleted {
+        header.set_name(&vdi.name);
+    }
+    header.set_tag(&vdi.tag);
+    header
+}
+
+fn find(data: &Data, id: VdiId) -> Result<std::sync::Arc<Vdi>, InodeError> {
+    data.view().state.vdis.get(&id.get()).cloned().ok_or(InodeError::Missing)
+}
+
+/// Reads any part of an inode; what lies beyond the map is zeros.
+pub async fn read_inode(data: &Data, id: VdiId, offset: u64, length: usize) -> Result<Bytes, InodeError> {
+    let vdi = find(data, id)?;
+    let end = offset.checked_add(length as u64).ok_or(InodeError::Invalid)?;
+    if end > INODE_BYTES as u64 {
+        return Err(InodeError::Invalid);
+    }
+    let mut bytes = BytesMut::zeroed(length);
+    if offset < HEADER_BYTES as u64 {
+        let header = header_of(&vdi).encode();
+        let part = &header[offset as usize..(end as usize).min(HEADER_BYTES)];
+        bytes[..part.len()].copy_from_slice(part);
+    }
+    // Entries beyond the size are zero: the map of a small volume is not read to its end.
+    let map_end = end.min(map_offset(0) + vdi.object_count() * MAP_ENTRY_BYTES as u64);
+    let map_start = offset.max(MAP_OFFSET as u64);
+    if map_start < map_end && !vdi.deleted {
+        let map = read_map(data, id, map_start, (map_end - map_start) as usize).await?;
+        let at = (map_start - offset) as usize;
+        bytes[at..at + map.len()].copy_from_slice(&map);
+    }
+    Ok(bytes.freeze())
+}
+
+/// Reads a part of the map: of the VDI itself or, if it has none yet, of the nearest ancestor that has.
+async fn read_map(data: &Data, id: VdiId, offset: u64, length: usize) -> Result<Bytes, ReadFailure> {
+    let mut at = Some(id);
+    while let Some(id) = at {
+        if let Some(bytes) = read::read_now(data, Oid::inode(id), offset, length) {
+            return Ok(bytes);
+        }
+        match read::read(data, Oid::inode(id), offset, length).await {
+            Err(ReadFailure::Missing) => at = data.view().state.vdis.get(&id.get()).and_then(|vdi| vdi.parent),
+            other => return other,
+        }
+    }
+    Ok(BytesMut::zeroed(length).freeze())
+}
+
+/// One entry of the map: the VDI that owns the object at an index, if there is one.
+pub async fn map_entry(data: &Data, id: VdiId, index: u32) -> Result<Option<VdiId>, ReadFailure> {
+    let bytes = read_map(data, id, map_offset(index), MAP_ENTRY_BYTES).await?;
+    Ok(map_entries(&bytes).next().and_then(VdiId::new).filter(|id| id.get() != 0))
+}
+
+/// The whole map, as far as the volume's size goes.
+pub async fn whole_map(data: &Data, id: VdiId) -> Result<Vec<u32>, InodeError> {
+    let vdi = find(data, id)?;
+    let length = vdi.object_count() as usize * MAP_ENTRY_BYTES;
+    let bytes = read_map(data, id, map_offset(0), length).await?;
+    Ok(map_entries(&bytes).collect())
+}
+
+/// Writes any part of an inode, by the rules that keep clients with stale copies from doing harm.
+pub async fn write_inode(
+    data: &Data,
+    id: VdiId,
+    offset: u64,
+    payload: &Bytes,
+    writer: InodeWriter,
+) -> Result<(), InodeError> {
+    let end = offset.checked_add(payload.len() as u64).ok_or(InodeError::Invalid)?;
+    if end > INODE_BYTES as u64 {
+        return Err(InodeError::Invalid);
+    }
+    if payload.is_empty() {
+        // QEMU sends a flush that its connection lost once more in this form.
+        super::flush::flush(data).await?;
+        return Ok(());
+    }
+    if offset < HEADER_BYTES as u64 {
+        write_header(data, id, offset, &payload[..payload.len().min((HEADER_BYTES as u64 - offset) as usize)]).await?;
+    }
+    let map_start = offset.max(MAP_OFFSET as u64);
+    let map_end = end.min(QEMU_INODE_BYTES as u64);
+    if map_start < map_end {
+        let part = payload.slice((map_start - offset) as usize..(map_end - offset) as usize);
+        write_map(data, id, map_start, part, writer).await?;
+    }
+    Ok(())
+}
+
+/// Takes over what a header write may change: the tag, a larger size, the figures of saved machine state. The rest of a
+/// client's header may be days old and is ignored (protocol.md section 9.5).
+async fn write_header(data: &Data, id: VdiId, offset: u64, part: &[u8]) -> Result<(), InodeError> {
+    let vdi = data.view().state.live_vdi(id).cloned().ok_or(InodeError::Missing)?;
+    let before = header_of(&vdi);
+    let mut bytes = before.encode();
+    bytes[offset as usize..offset as usize + part.len()].copy_from_slice(part);
+    let Ok(after) = InodeHeader::decode(&bytes) else { return Err(InodeError::Invalid) };
+    let changed = |old: u64, new: u64| (old != new).then_some(new);
+    let edit = VdiEdit {
+        tag: (after.tag != before.tag).then(|| after.tag().to_vec()),
+        size_bytes: changed(before.vdi_size, after.vdi_size).filter(|size| *size > before.vdi_size),
+        vm_state_bytes: changed(before.vm_state_size, after.vm_state_size),
+        vm_clock_ns: changed(before.vm_clock_nsec, after.vm_clock_nsec),
+    };
+    if edit == VdiEdit::default() {
+        return Ok(());
+    }
+    match data.cluster().propose(Command::EditVdi { vdi: id, edit }).await {
+        Ok(Outcome::Refused(Refusal::ReadOnly)) => Err(InodeError::ReadOnly),
+        Ok(Outcome::Refused(Refusal::NoVdi)) => Err(InodeError::Missing),
+        Ok(Outcome::Refused(Refusal::InvalidParameters)) => Err(InodeError::Invalid),
+        Ok(Outcome::Refused(_)) => Err(WriteError::NotRunning.into()),
+        Ok(_) => Ok(()),
+        Err(error) => {
+            tracing::warn!("cannot change the header of VDI {id}: {error}");
+            Err(WriteError::Order.into())
+        }
+    }
+}
+
+async fn write_map(
+    data: &Data,
+    id: VdiId,
+    offset: u64,
+    payload: Bytes,
+    writer: InodeWriter,
+) -> Result<(), InodeError> {
+    let turn = data.inode_turns().turn(Oid::inode(id));
+    let _one_at_a_time = turn.lock().await;
+    let vdi = data.view().state.live_vdi(id).cloned().ok_or(InodeError::Missing)?;
+    let clears = payload.iter().all(|byte| *byte == 0);
+    if vdi.is_snapshot() {
+        // A discard by a client that opened the snapshot would destroy it: acknowledged and ignored.
+        return if clears { Ok(()) } else { Err(InodeError::ReadOnly) };
+    }
+    if clears && writer.qemu_synchronous && payload.len() > MAP_ENTRY_BYTES {
+        // QEMU clears the working VDI's map when it means to delete a snapshot (protocol.md section 9.2, bug 1).
+        return Ok(());
+    }
+    let touched = map_entries_touched(offset, payload.len() as u64);
+    let start = map_offset(touched.start);
+    let old = read_map(data, id, start, touched.len() * MAP_ENTRY_BYTES).await?;
+    let mut new = BytesMut::from(&old[..]);
+    let at = (offset - start) as usize;
+    new[at..at + payload.len()].copy_from_slice(&payload);
+    let known = |entry: u32| entry == 0 || data.view().state.vdis.contains_key(&entry);
+    if !map_entries(&new).all(known) {
+        return Err(InodeError::Invalid);
+    }
+    put_map(data, id, start, new.clone().freeze(), writer.durable).await?;
+    let pairs = touched.zip(map_entries(&old).zip(map_entries(&new)));
+    for (index, (before, after)) in pairs {
+        if before == id.get() && after != before {
+            // Nobody else refers to an object of a working VDI. Gone before the answer, so that a later creation of the
+            // same object cannot be hit by it.
+            drop_object(data, Oid::data(id, index)).await?;
+        }
+    }
+    Ok(())
+}
+
+/// Writes map bytes; makes the inode object if the VDI still has its parent's map.
+async fn put_map(data: &Data, id: VdiId, offset: u64, payload: Bytes, durable: bool) -> Result<(), InodeError> {
+    let oid = Oid::inode(id);
+    let object = ObjectWrite { oid, offset, data: payload, base: Base::Existing, durable };
+    if read::read(data, oid, 0, 0).await.is_ok() {
+        return Ok(write(data, object).await?);
+    }
+    match nearest_map(data, id).await? {
+        None => write(data, ObjectWrite { base: Base::Zeros, ..object }).await?,
+        Some(source) if data.view().same_chain(source, id) => {
+            write(data, ObjectWrite { base: Base::CopyOf(Oid::inode(source)), ..object }).await?;
+        }
+        Some(source) => {
+            // The ancestor's inode is on other nodes: its map comes through here.
+            let whole = QEMU_INODE_BYTES - MAP_OFFSET;
+            let mut map = BytesMut::from(&read::read(data, Oid::inode(source), MAP_OFFSET as u64, whole).await?[..]);
+            let at = (object.offset - MAP_OFFSET as u64) as usize;
+            map[at..at + object.data.len()].copy_from_slice(&object.data);
+            let copy = ObjectWrite { offset: MAP_OFFSET as u64, data: map.freeze(), base: Base::Zeros, ..object };
+            write(data, copy).await?;
+        }
+    }
+    Ok(())
+}
+
+/// Makes sure that a VDI has a map of its own, so that its ancestors' may go.
+pub async fn materialise(data: &Data, id: VdiId) -> Result<(), InodeError> {
+    let turn = data.inode_turns().turn(Oid::inode(id));
+    let _one_at_a_time = turn.lock().await;
+    match read::read(data, Oid::inode(id), 0, 0).await {
+        Ok(_) => Ok(()),
+        Err(ReadFailure::Missing) => {
+            let entry = read_map(data, id, map_offset(0), MAP_ENTRY_BYTES).await?;
+            put_map(data, id, map_offset(0), entry, true).await
+        }
+        Err(error) => Err(error.into()),
+    }
+}
+
+/// The nearest ancestor that has a map of its own.
+async fn nearest_map(data: &Data, id: VdiId) -> Result<Option<VdiId>, ReadFailure> {
+    let parent_of = |id: VdiId| data.view().state.vdis.get(&id.get()).and_then(|vdi| vdi.parent);
+    let mut at = parent_of(id);
+    while let Some(id) = at {
+        match read::read(data, Oid::inode(id), 0, 0).await {
+            Ok(_) => return Ok(Some(id)),
+            Err(ReadFailure::Missing) => at = parent_of(id),
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(None)
+}
+
+/// Clears one map entry and removes its object, as DISCARD_OBJ asks.
+pub async fn discard(data: &Data, oid: Oid, durable: bool) -> Result<(), InodeError> {
+    let writer = InodeWriter { qemu_synchronous: false, durable };
+    let entry = map_entry(data, oid.vid(), oid.index()).await?;
+    if entry.is_none() {
+        return Ok(());
+    }
+    write_map(data, oid.vid(), map_offset(oid.index()), Bytes::from_static(&[0; MAP_ENTRY_BYTES]), writer).await
+}
+
+/// Removes an object from all its holders.
+pub async fn drop_object(data: &Data, oid: Oid) -> Result<(), WriteError> {
+    write(data, ObjectWrite { oid, offset: 0, data: Bytes::new(), base: Base::Removal, durable: true }).await
+}

@@ -1,0 +1,202 @@
+//! Floor 4: the data path. Carries requests to copies and keeps the copies up to date; knows no client protocol.
+//!
+//! `gateway` is the requesting side, `holder` and `peer` the keeping side, `recovery` what happens after a change of
+//! members, `view_change` the one place that reacts to the ordered state. `volumes`, `inode`, `reclaim`, `check` and
+//! `flush` are what front ends ask for.
+
+pub mod attributes;
+pub mod check;
+pub mod flush;
+pub mod gateway;
+pub mod holder;
+pub mod inode;
+pub mod links;
+pub mod peer;
+pub mod reclaim;
+pub mod recovery;
+pub mod report;
+pub mod view;
+pub mod view_change;
+pub mod volumes;
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use qemu_proto::oid::Oid;
+use sheep_core::member::NodeId;
+use sheep_core::peer_message::{PeerKind, PeerRequest};
+use sheep_core::stamp::Epoch;
+use tokio::sync::watch;
+
+use crate::cluster::Cluster;
+use crate::store::Store;
+use crate::world::World;
+use gateway::lease_table::LeaseTable;
+use holder::Holder;
+use links::Links;
+use recovery::{Progress, Turns};
+use view::View;
+
+/// The data path of one node. Cloning it is cheap.
+#[derive(Clone)]
+pub struct Data {
+    inner: Arc<Inner>,
+}
+
+struct Inner {
+    world: World,
+    cluster: Cluster,
+    view: watch::Sender<Arc<View>>,
+    /// Nothing on a gateway that stores nothing.
+    holder: Option<Arc<Holder>>,
+    links: Links,
+    leases: LeaseTable,
+    progress: Progress,
+    turns: Turns,
+    inode_turns: Turns,
+}
+
+impl Data {
+    /// The data path over a node's part in the order and its store, if it has one. Nothing runs yet; see
+    /// [`view_change::start`].
+    pub fn new(world: World, cluster: Cluster, store: Option<Store>) -> Data {
+        let view = Arc::new(View::new(Arc::new(sheep_core::cluster_state::ClusterState::default()), None));
+        let node = cluster.node();
+        let holder = store.map(|store| Arc::new(Holder::new(node, store, view.clone())));
+        let inner = Inner {
+            links: Links::new(world.clone(), node),
+            world,
+            cluster,
+            view: watch::channel(view).0,
+            holder,
+            leases: LeaseTable::default(),
+            progress: Progress::default(),
+            turns: Turns::default(),
+            inode_turns: Turns::default(),
+        };
+        Data { inner: Arc::new(inner) }
+    }
+
+    /// The doors to the outside.
+    pub fn world(&self) -> &World {
+        &self.inner.world
+    }
+
+    /// The order.
+    pub fn cluster(&self) -> &Cluster {
+        &self.inner.cluster
+    }
+
+    /// Who this node is.
+    pub fn node(&self) -> NodeId {
+        self.inner.cluster.node()
+    }
+
+    /// What is known of the cluster now.
+    pub fn view(&self) -> Arc<View> {
+        self.inner.view.borrow().clone()
+    }
+
+    pub(crate) fn views(&self) -> &watch::Sender<Arc<View>> {
+        &self.inner.view
+    }
+
+    /// This node's copies; nothing on a gateway that stores nothing.
+    pub fn holder(&self) -> Option<&Arc<Holder>> {
+        self.inner.holder.as_ref()
+    }
+
+    pub(crate) fn links(&self) -> &Links {
+        &self.inner.links
+    }
+
+    /// The writer leases of this gateway.
+    pub fn leases(&self) -> &LeaseTable {
+        &self.inner.leases
+    }
+
+    /// Figures of recovery on this node.
+    pub fn progress(&self) -> &Progress {
+        &self.inner.progress
+    }
+
+    pub(crate) fn turns(&self) -> &Turns {
+        &self.inner.turns
+    }
+
+    pub(crate) fn inode_turns(&self) -> &Turns {
+        &self.inner.inode_turns
+    }
+
+    /// Waits until the view is another than `seen`, at most `patience`.
+    pub(crate) async fn wait_for_change(&self, seen: &View, patience: Duration) {
+        let mut views = self.inner.view.subscribe();
+        tokio::select! {
+            _ = views.wait_for(|view| view.epoch() != seen.epoch()) => {}
+            () = self.inner.world.clock.sleep(patience) => {}
+        }
+    }
+
+    /// Waits until this node has come to an epoch. Nodes learn of an epoch within milliseconds of each other.
+    pub(crate) async fn await_epoch(&self, epoch: Epoch) {
+        if self.view().epoch() >= epoch {
+            return;
+        }
+        let mut views = self.inner.view.subscribe();
+        // The sender lives as long as this.
+        let _ = views.wait_for(|view| view.epoch() >= epoch).await;
+    }
+
+    /// Waits until the data path has come to everything that the order has here.
+    pub async fn settle_in(&self) {
+        self.await_applied(self.cluster().state().applied).await;
+    }
+
+    /// Waits until the view has come to a command that the order has.
+    pub(crate) async fn await_applied(&self, applied: u64) {
+        let mut views = self.inner.view.subscribe();
+        // The sender lives as long as this.
+        let _ = views.wait_for(|view| view.state.applied >= applied).await;
+    }
+
+    /// Has an object compared and fetched ahead of its turn, because a write waits for it.
+    pub(crate) fn bring_up_to_date(&self, oid: Oid, epoch: Epoch) {
+        let data = self.clone();
+        tokio::spawn(async move {
+            // The end of the epoch answers the waiting write.
+            let _ = recovery::ensure_current(&data, oid, epoch).await;
+        });
+    }
+
+    /// Whether a holder is about to run out of space.
+    pub(crate) fn is_full(&self, holders: &[NodeId]) -> bool {
+        holders.iter().any(|node| {
+            if *node == self.node() {
+                self.holder().is_some_and(|holder| holder.is_nearly_full())
+            } else {
+                self.links().get(*node).is_some_and(|link| link.is_nearly_full())
+            }
+        })
+    }
+
+    /// Replaces this node's damaged copy by another node's.
+    pub(crate) async fn repair_here(&self, oid: Oid, epoch: Epoch) {
+        let Some(holder) = self.holder() else { return };
+        holder.distrust(oid);
+        // The end of the epoch leaves the object suspect: the next run compares it.
+        let _ = recovery::ensure_current(self, oid, epoch).await;
+    }
+
+    /// Has a node replace its damaged copy, without waiting for it.
+    pub(crate) fn ask_repair(&self, node: NodeId, oid: Oid, epoch: Epoch) {
+        if node == self.node() {
+            let data = self.clone();
+            tokio::spawn(async move { data.repair_here(oid, epoch).await });
+        } else if let Some(link) = self.links().get(node) {
+            let mut request = PeerRequest::new(PeerKind::Repair, epoch, self.node());
+            request.oid = oid;
+            link.send(request, Bytes::new(), Box::new(|_| {}));
+        }
+    }
+}

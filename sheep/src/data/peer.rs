@@ -1,0 +1,262 @@
+//! The receiving end: requests of other nodes' gateways and recoveries.
+//!
+//! Write path 4 of 6; next: store/submit.rs. Requests of one connection are looked at in the order they came, so the
+//! writes of an object reach the store in stamp order; answers leave as they are ready.
+
+use std::sync::Arc;
+
+use bytes::Bytes;
+use sheep_core::peer_message::{
+    FLAG_WAIT, HEADER_BYTES, ListEntry, PeerAnswer, PeerKind, PeerRequest, Verdict,
+};
+use sheep_core::stamp::Epoch;
+
+use super::Data;
+use super::gateway::lease_table;
+use super::holder::Holder;
+use super::links::{PEER_PROTOCOL, parse_hello};
+use super::recovery::{LIST_BATCH, ensure_current};
+use crate::world::frames::{FrameReader, FrameSender};
+use crate::world::net::{Connection, Listener};
+
+/// Answers that may wait for a node that does not read them before its requests are no longer looked at.
+const ANSWER_BYTES_MAX: usize = 64 << 20;
+
+/// Takes connections of other nodes until the process ends.
+pub async fn listen(data: Data, listener: Box<dyn Listener>) {
+    loop {
+        match listener.accept().await {
+            Ok(connection) => {
+                let data = data.clone();
+                tokio::spawn(async move {
+                    let peer = connection.peer.clone();
+                    if let Err(error) = serve(data, connection).await {
+                        tracing::debug!("the connection of node {peer} broke: {error}");
+                    }
+                });
+            }
+            Err(error) => {
+                tracing::warn!("cannot take a connection from another node: {error}");
+                data.world().clock.sleep(std::time::Duration::from_millis(100)).await;
+            }
+        }
+    }
+}
+
+async fn serve(data: Data, connection: Connection) -> std::io::Result<()> {
+    let mut reader = FrameReader::new(connection.reader);
+    let sender = FrameSender::start(connection.writer);
+    if !greet(&data, &mut reader, &sender).await? {
+        return Ok(());
+    }
+    while let Some((request, payload)) = next(&mut reader).await? {
+        while sender.queued_bytes() > ANSWER_BYTES_MAX {
+            data.world().clock.sleep(std::time::Duration::from_millis(1)).await;
+        }
+        // Behind in epochs: what follows on this connection can only be newer still.
+        data.await_epoch(request.epoch).await;
+        match (request.kind, data.holder()) {
+            (PeerKind::Write | PeerKind::Remove, Some(holder)) => write(&data, holder, request, payload, &sender).await,
+            (PeerKind::Settled, Some(holder)) => {
+                holder.settle(request.oid.vid(), request.stamp.generation, request.settled);
+                answer(&sender, PeerAnswer::new(request.id, Verdict::Ok, holder.epoch()), Bytes::new());
+            }
+            (PeerKind::Read, Some(holder)) => match holder.read_now(&request) {
+                Some(Ok(bytes)) => {
+                    answer(&sender, PeerAnswer::new(request.id, Verdict::Ok, request.epoch), bytes);
+                }
+                _ => later(&data, request, &sender),
+            },
+            _ => later(&data, request, &sender),
+        }
+    }
+    Ok(())
+}
+
+async fn next(reader: &mut FrameReader) -> std::io::Result<Option<(PeerRequest, Bytes)>> {
+    let Some(header) = reader.header::<HEADER_BYTES>().await? else { return Ok(None) };
+    match PeerRequest::decode(&header) {
+        Ok((request, length)) => Ok(Some((request, reader.payload(length).await?))),
+        Err(error) => Err(std::io::Error::new(std::io::ErrorKind::InvalidData, format!("{error:?}"))),
+    }
+}
+
+/// Takes the hello of another node; false if it is not one of ours.
+async fn greet(data: &Data, reader: &mut FrameReader, sender: &FrameSender) -> std::io::Result<bool> {
+    let Some((request, payload)) = next(reader).await? else { return Ok(false) };
+    let ours = data.view().state.cluster_id;
+    let refusal = match (request.kind, parse_hello(&payload)) {
+        (PeerKind::Hello, Some((PEER_PROTOCOL, theirs))) if theirs == ours => None,
+        (PeerKind::Hello, Some((PEER_PROTOCOL, theirs))) => {
+            Some(format!("this is cluster {ours:016x}, not {theirs:016x}"))
+        }
+        (PeerKind::Hello, Some((version, _))) => {
+            Some(format!("this node speaks version {PEER_PROTOCOL} of the node protocol, not {version}"))
+        }
+        _ => Some("the first message must be a hello".to_string()),
+    };
+    let verdict = if refusal.is_none() { Verdict::Ok } else { Verdict::Stranger };
+    let reason = refusal.clone().unwrap_or_default();
+    answer(sender, PeerAnswer::new(request.id, verdict, data.view().epoch()), reason.into());
+    Ok(refusal.is_none())
+}
+
+/// Every answer about copies tells whether this node has space left.
+fn answer_from(holder: &Holder, sender: &FrameSender, mut header: PeerAnswer, payload: Bytes) {
+    header.nearly_full = holder.is_nearly_full();
+    answer(sender, header, payload);
+}
+
+fn answer(sender: &FrameSender, header: PeerAnswer, payload: Bytes) {
+    // A broken connection is noticed by its reader.
+    let _ = sender.send(Bytes::copy_from_slice(&header.encode(payload.len())), payload);
+}
+
+async fn write(data: &Data, holder: &Arc<Holder>, request: PeerRequest, payload: Bytes, sender: &FrameSender) {
+    let permit = holder.store().admit(payload.len() as u64).await;
+    let (pending, wanted) = holder.write(&request, payload, permit);
+    if let Some(oid) = wanted {
+        data.bring_up_to_date(oid, request.epoch);
+    }
+    let (sender, holder) = (sender.clone(), holder.clone());
+    tokio::spawn(async move {
+        let verdict = pending.finish().await;
+        answer_from(&holder, &sender, PeerAnswer::new(request.id, verdict, holder.epoch()), Bytes::new());
+    });
+}
+
+/// Whatever may wait runs as a task of its own.
+fn later(data: &Data, request: PeerRequest, sender: &FrameSender) {
+    let (data, sender) = (data.clone(), sender.clone());
+    tokio::spawn(async move {
+        let (header, payload) = handle(&data, &request).await;
+        match data.holder() {
+            Some(holder) => answer_from(holder, &sender, header, payload),
+            None => answer(&sender, header, payload),
+        }
+    });
+}
+
+async fn handle(data: &Data, request: &PeerRequest) -> (PeerAnswer, Bytes) {
+    let epoch = data.view().epoch();
+    let mut header = PeerAnswer::new(request.id, Verdict::Ok, epoch);
+    if request.kind == PeerKind::YieldLease {
+        lease_table::give_back(data, request.oid.vid()).await;
+        return (header, Bytes::new());
+    }
+    let Some(holder) = data.holder() else {
+        header.verdict = Verdict::Invalid;
+        return (header, Bytes::new());
+    };
+    header.clean_through = holder.store().clean_through();
+    if let Some(entry) = holder.store().entry(request.oid) {
+        header.version = entry.version;
+        header.object_bytes = entry.size_bytes;
+    }
+    let result = match request.kind {
+        PeerKind::Read => read(data, holder, request).await,
+        PeerKind::Fetch => fetch(holder, request, &mut header).await,
+        PeerKind::Query => query(holder, request),
+        PeerKind::List => list(data, holder, request),
+        PeerKind::Flush => match holder.store().flush().await {
+            Ok(()) => Ok(Bytes::new()),
+            Err(error) => {
+                tracing::error!("a flush failed: {error}");
+                Err(Verdict::Failed)
+            }
+        },
+        PeerKind::Hash => hash(data, holder, request).await,
+        PeerKind::Repair => {
+            data.repair_here(request.oid, request.epoch).await;
+            Ok(Bytes::new())
+        }
+        PeerKind::Report => Ok(data.report_here().into()),
+        PeerKind::Hello | PeerKind::Write | PeerKind::Remove | PeerKind::Settled | PeerKind::YieldLease => {
+            Err(Verdict::Invalid)
+        }
+    };
+    match result {
+        Ok(payload) => (header, payload),
+        Err(verdict) => {
+            header.verdict = verdict;
+            (header, Bytes::new())
+        }
+    }
+}
+
+fn same_epoch(holder: &Holder, request: &PeerRequest) -> Result<Epoch, Verdict> {
+    let epoch = holder.epoch();
+    if request.epoch == epoch { Ok(epoch) } else { Err(Verdict::OldEpoch) }
+}
+
+async fn read(data: &Data, holder: &Arc<Holder>, request: &PeerRequest) -> Result<Bytes, Verdict> {
+    if request.has(FLAG_WAIT) {
+        ensure_current(data, request.oid, request.epoch).await.map_err(|_| Verdict::OldEpoch)?;
+    }
+    holder.read(request).await
+}
+
+fn query(holder: &Holder, request: &PeerRequest) -> Result<Bytes, Verdict> {
+    same_epoch(holder, request)?;
+    holder.version(request.oid).map(|_| Bytes::new()).ok_or(Verdict::Missing)
+}
+
+/// Reads a copy as it stands, with its version; zeros travel as nothing.
+async fn fetch(holder: &Holder, request: &PeerRequest, header: &mut PeerAnswer) -> Result<Bytes, Verdict> {
+    same_epoch(holder, request)?;
+    let store = holder.store();
+    let before = store.entry(request.oid).ok_or(Verdict::Missing)?;
+    let rest = before.size_bytes.checked_sub(request.offset).ok_or(Verdict::Invalid)?;
+    let length = u64::from(request.length).min(rest);
+    let bytes = store.read(request.oid, request.offset, length as usize).await.map_err(|error| {
+        tracing::warn!("cannot give object {} to node {}: {error}", request.oid, request.sender);
+        Verdict::Corrupt
+    })?;
+    let after = store.entry(request.oid).ok_or(Verdict::Missing)?;
+    header.object_bytes = after.size_bytes;
+    header.version = after.version;
+    if after.version.stamp != before.version.stamp {
+        // A write came in between: the reader must not take this piece for either version.
+        return Err(Verdict::Busy);
+    }
+    Ok(if bytes.iter().all(|byte| *byte == 0) { Bytes::new() } else { bytes })
+}
+
+/// Objects that the asking node must hold.
+fn list(data: &Data, holder: &Holder, request: &PeerRequest) -> Result<Bytes, Verdict> {
+    same_epoch(holder, request)?;
+    let view = data.view();
+    if view.epoch() != request.epoch {
+        return Err(Verdict::OldEpoch);
+    }
+    let mut after = Some(request.oid);
+    let mut payload = Vec::new();
+    loop {
+        let entries = holder.store().entries(after, LIST_BATCH);
+        let Some((last, _)) = entries.last() else { break };
+        after = Some(*last);
+        for (oid, entry) in &entries {
+            let location = view.locate(*oid);
+            if location.is_some_and(|location| view.holders(&location).contains(&request.sender)) {
+                let entry = ListEntry { oid: *oid, version: entry.version, object_bytes: entry.size_bytes };
+                payload.extend_from_slice(&entry.encode());
+            }
+        }
+        if !payload.is_empty() {
+            break;
+        }
+    }
+    Ok(payload.into())
+}
+
+async fn hash(data: &Data, holder: &Arc<Holder>, request: &PeerRequest) -> Result<Bytes, Verdict> {
+    ensure_current(data, request.oid, request.epoch).await.map_err(|_| Verdict::OldEpoch)?;
+    match holder.store().hash(request.oid).await {
+        Ok(hash) => Ok(Bytes::copy_from_slice(hash.as_bytes())),
+        Err(crate::store::ReadError::Missing) => Err(Verdict::Missing),
+        Err(error) => {
+            tracing::error!("the copy of object {} on this node: {error}", request.oid);
+            Err(Verdict::Corrupt)
+        }
+    }
+}

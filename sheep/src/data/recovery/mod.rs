@@ -1,0 +1,366 @@
+//! Brings this node's copies up to date after a change of members.
+//!
+//! One run per epoch: suspects first (a writer died in the middle), then objects that a request is waiting for (out of turn, by
+//! [`ensure_current`]), then everything else that this node must hold. Every object is compared before it is used: the
+//! holders' versions are asked for, `core::history` says which content is the newest, and if that is not here it is
+//! fetched whole from a node that has it.
+//!
+//! A crash in the middle leaves copies of mixed age, each with its version; the next run compares them again. A second
+//! change of members ends the run and begins the next.
+
+pub mod fetch;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::Duration;
+
+use bytes::Bytes;
+use qemu_proto::oid::Oid;
+use sheep_core::command::Command;
+use sheep_core::history::{Answer, Decision};
+use sheep_core::member::NodeId;
+use sheep_core::peer_message::{ListEntry, PeerKind, PeerRequest, Verdict};
+use sheep_core::stamp::{Epoch, Version};
+use tokio::sync::{Mutex, Semaphore};
+use tokio::task::JoinSet;
+
+use super::Data;
+use super::holder::Holder;
+use super::view::{Location, View};
+
+/// Objects fetched side by side: enough to fill a link while one object is being installed.
+const PARALLEL: usize = 4;
+/// Between attempts when the nodes that matter do not answer; a change of members ends the wait as well.
+const RETRY_INTERVAL: Duration = Duration::from_millis(50);
+/// How long one request for a version or a list may wait for a connection.
+const PATIENCE: Duration = Duration::from_secs(2);
+/// Objects per list answer: 128 KiB of records.
+pub const LIST_BATCH: usize = 4096;
+
+/// Figures of the current run, for people.
+#[derive(Default)]
+pub struct Progress {
+    /// Whether a run is under way.
+    pub running: AtomicBool,
+    /// Whether the objects are known yet.
+    pub listed: AtomicBool,
+    /// Objects compared.
+    pub done: AtomicU64,
+    /// Objects to compare.
+    pub total: AtomicU64,
+    /// Objects that had to be fetched since the process started.
+    pub fetched: AtomicU64,
+    /// An object that cannot be decided, and the epoch whose holders must be heard.
+    pub blocked: std::sync::Mutex<Option<(Oid, Epoch)>>,
+}
+
+/// Why an object could not be brought up to date.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum RecoveryEnd {
+    /// Another epoch began: whoever waits asks again.
+    EpochOver,
+}
+
+/// Runs the recovery of one epoch to its end, or until the epoch is over.
+pub async fn run(data: Data, epoch: Epoch) {
+    let Some(holder) = data.holder().cloned() else { return };
+    let progress = data.progress();
+    progress.running.store(true, Ordering::Relaxed);
+    progress.listed.store(false, Ordering::Relaxed);
+    progress.done.store(0, Ordering::Relaxed);
+    progress.total.store(0, Ordering::Relaxed);
+    let finished = attempt(&data, &holder, epoch).await;
+    if finished.is_err() || holder.epoch() != epoch {
+        return;
+    }
+    let view = holder.view();
+    if let Some(unheard) = view.history.possibly_out_of_sight(view.state.copies_min()) {
+        // Every object that anybody here has is up to date, but there may be others: those stay undecided, each waits
+        // for its own holders, and the epoch does not end clean.
+        tracing::warn!(
+            "epoch {epoch}: members of epoch {unheard} that are not here may have objects nobody else has; \
+             start them again, or give them up with 'dog cluster recover force'"
+        );
+        progress.running.store(false, Ordering::Relaxed);
+        return;
+    }
+    if let Err(error) = holder.store().set_clean_through(epoch).await {
+        tracing::error!("cannot note that recovery of epoch {epoch} is complete: {error}");
+        return;
+    }
+    if !holder.recovered(epoch) {
+        return;
+    }
+    progress.running.store(false, Ordering::Relaxed);
+    tracing::info!("recovery of epoch {epoch} complete: {} objects fetched so far", progress.fetched.load(Ordering::Relaxed));
+    if let Err(error) = data.cluster().propose(Command::Recovered { node: data.node(), epoch }).await {
+        tracing::warn!("cannot report that recovery of epoch {epoch} is complete: {error}");
+    }
+}
+
+async fn attempt(data: &Data, holder: &Arc<Holder>, epoch: Epoch) -> Result<(), RecoveryEnd> {
+    let view = holder.view();
+    if view.epoch() != epoch {
+        return Err(RecoveryEnd::EpochOver);
+    }
+    for oid in holder.suspects() {
+        if holds(&view, data.node(), oid) {
+            ensure_current(data, oid, epoch).await?;
+        } else {
+            holder.confirm(oid, epoch);
+        }
+    }
+    let work = survey(data, holder, &view).await?;
+    data.progress().total.store(work.len() as u64, Ordering::Relaxed);
+    data.progress().listed.store(true, Ordering::Relaxed);
+    let limit = Arc::new(Semaphore::new(PARALLEL));
+    let mut tasks = JoinSet::new();
+    for oid in work {
+        // A closed semaphore would mean that this function's own handle is gone.
+        let Ok(permit) = limit.clone().acquire_owned().await else { break };
+        let data = data.clone();
+        tasks.spawn(async move {
+            let result = ensure_current(&data, oid, epoch).await;
+            data.progress().done.fetch_add(1, Ordering::Relaxed);
+            drop(permit);
+            result
+        });
+        while let Some(ended) = tasks.try_join_next() {
+            ended.unwrap_or(Err(RecoveryEnd::EpochOver))?;
+        }
+    }
+    while let Some(ended) = tasks.join_next().await {
+        ended.unwrap_or(Err(RecoveryEnd::EpochOver))?;
+    }
+    Ok(())
+}
+
+fn holds(view: &View, node: NodeId, oid: Oid) -> bool {
+    view.locate(oid).is_some_and(|location| view.holders(&location).contains(&node))
+}
+
+/// Lists what every member has of the objects this node must hold, confirms what is the newest already, and gives the
+/// rest in ascending order.
+async fn survey(data: &Data, holder: &Arc<Holder>, view: &Arc<View>) -> Result<BTreeSet<Oid>, RecoveryEnd> {
+    let epoch = view.epoch();
+    let mut known: BTreeMap<Oid, Vec<Answer>> = BTreeMap::new();
+    let others: Vec<NodeId> = view.state.members.values().filter(|m| !m.member.is_gateway()).map(|m| m.member.id).collect();
+    let mut silent: BTreeMap<NodeId, Epoch> = BTreeMap::new();
+    for node in others.into_iter().filter(|node| *node != data.node()) {
+        let clean_through = list_from(data, holder, node, epoch, &mut known).await?;
+        silent.insert(node, clean_through);
+    }
+    let mut after = None;
+    loop {
+        let entries = holder.store().entries(after, LIST_BATCH);
+        let Some((last, _)) = entries.last() else { break };
+        after = Some(*last);
+        for (oid, _) in entries.iter().filter(|(oid, _)| holds(view, data.node(), *oid)) {
+            known.entry(*oid).or_default();
+        }
+        tokio::task::yield_now().await;
+    }
+    let mut work = BTreeSet::new();
+    for (oid, answers) in known {
+        if holder.is_current(oid) {
+            continue;
+        }
+        if settled_by_lists(data, holder, view, oid, answers, &silent) {
+            holder.confirm(oid, epoch);
+        } else {
+            work.insert(oid);
+        }
+    }
+    Ok(work)
+}
+
+/// Whether the lists already say that this node's copy is the newest.
+fn settled_by_lists(
+    data: &Data,
+    holder: &Holder,
+    view: &View,
+    oid: Oid,
+    mut answers: Vec<Answer>,
+    silent: &BTreeMap<NodeId, Epoch>,
+) -> bool {
+    let Some(location) = view.locate(oid) else { return false };
+    for (node, clean_through) in silent {
+        if !answers.iter().any(|answer| answer.node == *node) {
+            answers.push(Answer { node: *node, version: None, clean_through: *clean_through });
+        }
+    }
+    let own = own_answer(data, holder, oid);
+    answers.push(own);
+    match view.history.decide(location.key, location.copies, &answers) {
+        Decision::Newest { nodes, .. } => nodes.contains(&data.node()),
+        Decision::Absent => own.version.is_none(),
+        Decision::Unheard(_) => false,
+    }
+}
+
+fn own_answer(data: &Data, holder: &Holder, oid: Oid) -> Answer {
+    Answer {
+        node: data.node(),
+        version: holder.version(oid),
+        clean_through: holder.store().clean_through(),
+    }
+}
+
+async fn list_from(
+    data: &Data,
+    holder: &Arc<Holder>,
+    node: NodeId,
+    epoch: Epoch,
+    known: &mut BTreeMap<Oid, Vec<Answer>>,
+) -> Result<Epoch, RecoveryEnd> {
+    let mut after = Oid::from_raw(0);
+    loop {
+        let mut request = PeerRequest::new(PeerKind::List, epoch, data.node());
+        request.oid = after;
+        let answer = data.links().call(node, request, Bytes::new(), PATIENCE).await;
+        if holder.epoch() != epoch {
+            return Err(RecoveryEnd::EpochOver);
+        }
+        match answer {
+            Ok((answer, payload)) if answer.verdict == Verdict::Ok => {
+                let mut count = 0;
+                for entry in ListEntry::decode_all(&payload) {
+                    count += 1;
+                    after = entry.oid;
+                    let clean_through = answer.clean_through;
+                    let said = Answer { node, version: Some(entry.version), clean_through };
+                    known.entry(entry.oid).or_default().push(said);
+                }
+                if count == 0 {
+                    return Ok(answer.clean_through);
+                }
+            }
+            Ok(_) | Err(_) => wait_for_change(data, holder).await,
+        }
+    }
+}
+
+async fn wait_for_change(data: &Data, holder: &Holder) {
+    tokio::select! {
+        () = holder.changed().notified() => {}
+        () = data.world().clock.sleep(RETRY_INTERVAL) => {}
+    }
+}
+
+/// Waits until this node's copy of an object is the newest there is, bringing it here if need be.
+pub async fn ensure_current(data: &Data, oid: Oid, epoch: Epoch) -> Result<(), RecoveryEnd> {
+    let Some(holder) = data.holder() else { return Ok(()) };
+    loop {
+        if holder.epoch() != epoch {
+            return Err(RecoveryEnd::EpochOver);
+        }
+        // One at a time per object; whoever waited finds the work done.
+        let turn = data.turns().turn(oid);
+        let _guard = turn.lock().await;
+        for source in holder.sources_needed(oid) {
+            Box::pin(ensure_current(data, source, epoch)).await?;
+        }
+        if holder.is_current(oid) && holder.epoch() == epoch {
+            // Writes may be parked because only their source was missing.
+            holder.confirm(oid, epoch);
+            return Ok(());
+        }
+        if compare(data, holder, oid, epoch).await? {
+            holder.confirm(oid, epoch);
+            return Ok(());
+        }
+        wait_for_change(data, holder).await;
+    }
+}
+
+/// Compares one object with the other holders' and brings the newest content here. False if that must be tried again.
+async fn compare(data: &Data, holder: &Arc<Holder>, oid: Oid, epoch: Epoch) -> Result<bool, RecoveryEnd> {
+    let view = holder.view();
+    let Some(location) = view.locate(oid) else {
+        // An object of a VDI that this node has not heard of: nothing refers to it.
+        return Ok(true);
+    };
+    let Some(answers) = ask_everybody(data, holder, &view, oid, &location).await else { return Ok(false) };
+    if holder.epoch() != epoch {
+        return Err(RecoveryEnd::EpochOver);
+    }
+    match view.history.decide(location.key, location.copies, &answers) {
+        Decision::Unheard(unheard) => {
+            *data.progress().blocked.lock().unwrap_or_else(std::sync::PoisonError::into_inner) = Some((oid, unheard));
+            Ok(false)
+        }
+        Decision::Absent => {
+            if holder.version(oid).is_some()
+                && let Some(entry) = holder.store().entry(oid)
+            {
+                let ticket = holder.store().remove(oid, entry.version);
+                return Ok(ticket.await.is_ok());
+            }
+            Ok(true)
+        }
+        Decision::Newest { nodes, .. } if nodes.contains(&data.node()) => Ok(true),
+        Decision::Newest { stamp, nodes } => {
+            if holder.version(oid).is_some_and(|version| version.stamp == stamp) {
+                // The same writes: only the time of its last confirmation is older.
+                let ticket = holder.store().confirm(oid, Version { epoch, stamp });
+                return Ok(ticket.await.is_ok());
+            }
+            for node in nodes {
+                if fetch::fetch(data, holder, oid, node, epoch).await {
+                    holder.trust_again(oid);
+                    data.progress().fetched.fetch_add(1, Ordering::Relaxed);
+                    return Ok(true);
+                }
+            }
+            Ok(false)
+        }
+    }
+}
+
+/// What every member that may know something says. `None` if one of them did not answer.
+async fn ask_everybody(
+    data: &Data,
+    holder: &Arc<Holder>,
+    view: &Arc<View>,
+    oid: Oid,
+    location: &Location,
+) -> Option<Vec<Answer>> {
+    let mut answers = vec![own_answer(data, holder, oid)];
+    let mut calls = JoinSet::new();
+    for node in view.history.witnesses(location.key, location.copies) {
+        if node == data.node() {
+            continue;
+        }
+        let mut request = PeerRequest::new(PeerKind::Query, view.epoch(), data.node());
+        request.oid = oid;
+        let data = data.clone();
+        calls.spawn(async move { (node, data.links().call(node, request, Bytes::new(), PATIENCE).await) });
+    }
+    while let Some(ended) = calls.join_next().await {
+        let (node, answer) = ended.ok()?;
+        let (answer, _) = answer.ok()?;
+        let version = match answer.verdict {
+            Verdict::Ok => Some(answer.version),
+            Verdict::Missing => None,
+            _ => return None,
+        };
+        answers.push(Answer { node, version, clean_through: answer.clean_through });
+    }
+    Some(answers)
+}
+
+/// One lock per object that is being brought up to date.
+#[derive(Default)]
+pub struct Turns {
+    turns: std::sync::Mutex<BTreeMap<Oid, Arc<Mutex<()>>>>,
+}
+
+impl Turns {
+    /// The lock of an object.
+    pub fn turn(&self, oid: Oid) -> Arc<Mutex<()>> {
+        let mut turns = self.turns.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        turns.retain(|_, turn| Arc::strong_count(turn) > 1);
+        turns.entry(oid).or_default().clone()
+    }
+}

@@ -1,0 +1,142 @@
+//! Reacts to the ordered state: one place, one order of steps.
+//!
+//! For every new state: links follow the members; copies enter the epoch (from here on nothing older is accepted); the view
+//! is published; writes under way are sent again in the new epoch; recovery begins. Whatever a step needs of an earlier
+//! one is done by then.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use sheep_core::cluster_state::ClusterState;
+use sheep_core::peer_message::{PeerKind, PeerRequest};
+
+use super::Data;
+use super::gateway::fanout;
+use super::view::View;
+use super::{reclaim, recovery};
+use crate::world::net::Listener;
+
+/// How often full nodes are asked whether they still are, and parked writes are tried again.
+const SPACE_INTERVAL: Duration = Duration::from_secs(1);
+
+/// Starts everything that runs by itself, and takes other nodes' connections.
+pub fn start(data: &Data, listener: Box<dyn Listener>) {
+    tokio::spawn(super::peer::listen(data.clone(), listener));
+    tokio::spawn(follow(data.clone()));
+    tokio::spawn(follow_links(data.clone()));
+    tokio::spawn(watch_space(data.clone()));
+}
+
+async fn follow(data: Data) {
+    let mut states = data.cluster().watch();
+    loop {
+        let state = states.borrow_and_update().clone();
+        enter(&data, state).await;
+        if states.changed().await.is_err() {
+            return;
+        }
+    }
+}
+
+async fn enter(data: &Data, state: Arc<ClusterState>) {
+    let previous = data.view();
+    if previous.state.applied == state.applied && previous.state.epoch == state.epoch && previous.state.phase == state.phase
+    {
+        return;
+    }
+    let view = Arc::new(View::new(state, Some(&previous)));
+    data.links().follow(&view);
+    let mut epoch_changed = previous.epoch() != view.epoch();
+    if let Some(holder) = data.holder() {
+        let formatted = view.state.cluster_id != previous.state.cluster_id;
+        // At the first state after a start the store may be full: only a format since then empties it.
+        if formatted && view.state.cluster_id != 0 && !is_remembered(data, view.state.cluster_id).await {
+            holder.wipe().await;
+        }
+        epoch_changed |= holder.enter(view.clone());
+        save(data, &view).await;
+    }
+    data.views().send_replace(view.clone());
+    close_lost_leases(data, &view);
+    if epoch_changed {
+        for lease in data.leases().all() {
+            let mut state = lease.state();
+            if state.epoch < view.epoch() && !state.under_way.is_empty() {
+                fanout::resend_all(data, &lease, &mut state, &view);
+            }
+        }
+        if view.state.is_running() {
+            tokio::spawn(recovery::run(data.clone(), view.epoch()));
+        }
+    }
+    reclaim::start_if_due(data, &view);
+    if view.state.clean == view.epoch() && view.state.is_running() && previous.state.clean != view.state.clean {
+        tokio::spawn(reclaim::drop_strays(data.clone(), view.epoch()));
+    }
+}
+
+/// Whether the store was part of this cluster before.
+async fn is_remembered(data: &Data, cluster_id: u64) -> bool {
+    let Some(holder) = data.holder() else { return false };
+    match holder.store().load_state().await {
+        Ok(Some(bytes)) => {
+            postcard::from_bytes::<ClusterState>(&bytes).is_ok_and(|state| state.cluster_id == cluster_id)
+        }
+        _ => false,
+    }
+}
+
+/// Keeps the state for the next start. A crash before leaves an older one, which the others' newer one replaces.
+async fn save(data: &Data, view: &View) {
+    let Some(holder) = data.holder() else { return };
+    let bytes = postcard::to_allocvec(&*view.state).expect("the state's types have no unserialisable values");
+    if let Err(error) = holder.store().save_state(bytes).await {
+        tracing::error!("cannot keep the cluster's state in the store: {error}");
+    }
+}
+
+/// A lease that the state gives to somebody else, or to nobody, is over.
+fn close_lost_leases(data: &Data, view: &View) {
+    for lease in data.leases().all() {
+        let granted = view.state.leases.get(&lease.vdi.get());
+        let ours = granted.is_some_and(|g| g.generation <= lease.generation && g.holder == Some(data.node()));
+        let not_seen_yet = granted.is_none_or(|granted| granted.generation < lease.generation);
+        if !ours && !not_seen_yet {
+            lease.state().closed = true;
+            data.leases().forget(&lease);
+        }
+    }
+}
+
+/// Sends again over links that came up what the ones before did not answer.
+async fn follow_links(data: Data) {
+    let mut ups = data.links().ups();
+    while ups.changed().await.is_ok() {
+        let nodes: Vec<_> = data.view().state.members.keys().copied().collect();
+        for lease in data.leases().all() {
+            let mut state = lease.state();
+            for node in nodes.iter().filter(|node| **node != data.node()) {
+                if state.under_way.values().any(|write| write.waiting.contains(node)) {
+                    fanout::resend_over_new_link(&data, &lease, &mut state, *node);
+                }
+            }
+        }
+    }
+}
+
+async fn watch_space(data: Data) {
+    loop {
+        data.world().clock.sleep(SPACE_INTERVAL).await;
+        if let Some(holder) = data.holder() {
+            holder.store().refresh_space().await;
+            holder.retry_parked();
+        }
+        let view = data.view();
+        for node in view.state.members.keys() {
+            if let Some(link) = data.links().get(*node).filter(|link| link.is_nearly_full()) {
+                link.send(PeerRequest::new(PeerKind::Report, view.epoch(), data.node()), Bytes::new(), Box::new(|_| {}));
+            }
+        }
+    }
+}

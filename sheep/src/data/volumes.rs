@@ -1,0 +1,157 @@
+//! Volumes as clients see them: made, looked up and deleted by ordered commands; their objects written by the rules that
+//! serve QEMU's driver better than its own server did (protocol.md sections 6 and 9).
+
+use bytes::{Bytes, BytesMut};
+use qemu_proto::oid::{ObjectKind, Oid, VdiId};
+use sheep_core::command::{Command, NewVdi, Outcome, Refusal};
+use sheep_core::vdi_name::Target;
+
+use super::Data;
+use super::gateway::write::{Base, ObjectWrite, write};
+use super::gateway::{ReadFailure, WriteError, lease_table, read};
+use super::inode;
+
+/// Why an operation on a volume was not done.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, thiserror::Error)]
+pub enum VolumeError {
+    /// The ordered state refused.
+    #[error("refused: {0:?}")]
+    Refused(Refusal),
+    /// Writes could not be stopped, or a write failed.
+    #[error(transparent)]
+    Write(#[from] WriteError),
+    /// A read failed.
+    #[error(transparent)]
+    Read(#[from] ReadFailure),
+    /// The cluster's order cannot be reached.
+    #[error("the cluster's order cannot be reached")]
+    Order,
+}
+
+/// What a lookup found.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Found {
+    /// The VDI.
+    pub id: VdiId,
+    /// Its copies.
+    pub copies: u8,
+    /// log2 of its object size.
+    pub object_size_shift: u8,
+}
+
+/// Looks a VDI up as of everything that was ordered before the call.
+pub async fn lookup(data: &Data, name: &[u8], target: Target<'_>) -> Result<Found, VolumeError> {
+    let state = data.cluster().barrier().await.map_err(|error| {
+        tracing::warn!("cannot look a VDI up: {error}");
+        VolumeError::Order
+    })?;
+    if state.phase == sheep_core::cluster_state::Phase::Unformatted {
+        return Err(VolumeError::Refused(Refusal::NotFormatted));
+    }
+    let id = state.lookup(name, target).map_err(VolumeError::Refused)?;
+    data.await_applied(state.applied).await;
+    describe(&state, id)
+}
+
+fn describe(state: &sheep_core::cluster_state::ClusterState, id: VdiId) -> Result<Found, VolumeError> {
+    let vdi = state.vdis.get(&id.get()).ok_or(VolumeError::Refused(Refusal::NoVdi))?;
+    Ok(Found { id, copies: vdi.copies, object_size_shift: vdi.object_size_shift })
+}
+
+async fn propose(data: &Data, command: Command) -> Result<VdiId, VolumeError> {
+    match data.cluster().propose(command).await {
+        Ok(Outcome::Vdi(id)) => {
+            data.await_applied(data.cluster().state().applied).await;
+            Ok(id)
+        }
+        Ok(Outcome::Refused(refusal)) => Err(VolumeError::Refused(refusal)),
+        Ok(Outcome::Done | Outcome::Lease(_)) => Err(VolumeError::Refused(Refusal::NoEffect)),
+        Err(error) => {
+            tracing::warn!("cannot order a change of volumes: {error}");
+            Err(VolumeError::Order)
+        }
+    }
+}
+
+/// Makes a volume, a clone, or (with `snapshot`) turns the working VDI into a snapshot and gives its successor.
+pub async fn new_vdi(data: &Data, mut request: NewVdi) -> Result<Found, VolumeError> {
+    let id = if request.snapshot {
+        let current = lookup(data, &request.name, Target::Current).await?.id;
+        let node = data.node();
+        lease_table::with_writes_stopped(data, current, async |generation| {
+            request.drained = Some((node, generation));
+            propose(data, Command::NewVdi(request)).await
+        })
+        .await??
+    } else {
+        propose(data, Command::NewVdi(request)).await?
+    };
+    describe(&data.cluster().state(), id)
+}
+
+/// Deletes a working VDI or a snapshot; its space comes back in the background.
+pub async fn delete_vdi(data: &Data, name: &[u8], tag: &[u8], snapshot_id: u32) -> Result<VdiId, VolumeError> {
+    propose(data, Command::DeleteVdi { name: name.to_vec(), tag: tag.to_vec(), snapshot_id }).await
+}
+
+/// A client's creation of an object with some bytes in it.
+#[derive(Clone, Debug)]
+pub struct Creation {
+    /// Which.
+    pub oid: Oid,
+    /// Bytes into it.
+    pub offset: u64,
+    /// What to put there.
+    pub payload: Bytes,
+    /// What the rest is a copy of; zeros if nothing.
+    pub source: Option<Oid>,
+    /// Whether it must be durable when done.
+    pub durable: bool,
+}
+
+/// Creates an object, unless the map says that it is there already: then the client's map is stale (a migrated guest) or the
+/// request came twice, and only its bytes are written (protocol.md section 9.2, bug 2).
+pub async fn create_object(data: &Data, creation: Creation) -> Result<(), VolumeError> {
+    let oid = creation.oid;
+    let mut object = ObjectWrite {
+        oid,
+        offset: creation.offset,
+        data: creation.payload,
+        base: Base::Existing,
+        durable: creation.durable,
+    };
+    let is_data = oid.kind() == Some(ObjectKind::Data);
+    if is_data && inode::map_entry(data, oid.vid(), oid.index()).await? == Some(oid.vid()) {
+        match write(data, object.clone()).await {
+            // Mapped but gone: nothing to preserve.
+            Err(WriteError::Missing) => {}
+            other => return Ok(other?),
+        }
+    }
+    let view = data.view();
+    let object_bytes = view.locate(oid).ok_or(WriteError::Invalid)?.object_bytes;
+    let covers_all = object.offset == 0 && object.data.len() as u64 == object_bytes;
+    object.base = match creation.source {
+        Some(source) if !covers_all && view.same_chain(source.vid(), oid.vid()) => Base::CopyOf(source),
+        Some(source) if !covers_all => {
+            let end = object.offset.checked_add(object.data.len() as u64).filter(|end| *end <= object_bytes);
+            let end = end.ok_or(WriteError::Invalid)?;
+            let whole = read_whole(data, source, object_bytes).await?;
+            let mut bytes = BytesMut::from(&whole[..]);
+            bytes[object.offset as usize..end as usize].copy_from_slice(&object.data);
+            object.offset = 0;
+            object.data = bytes.freeze();
+            Base::Zeros
+        }
+        _ => Base::Zeros,
+    };
+    Ok(write(data, object).await?)
+}
+
+async fn read_whole(data: &Data, oid: Oid, object_bytes: u64) -> Result<Bytes, VolumeError> {
+    let source_bytes = data.view().locate(oid).ok_or(WriteError::Missing)?.object_bytes;
+    if source_bytes != object_bytes {
+        return Err(WriteError::Invalid.into());
+    }
+    Ok(read::read(data, oid, 0, object_bytes as usize).await?)
+}

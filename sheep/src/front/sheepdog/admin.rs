@@ -1,0 +1,266 @@
+//! Operations on the cluster and its nodes.
+
+use std::sync::atomic::Ordering;
+
+use qemu_proto::cluster_info::{CLUSTER_INFO_BYTES, ClusterInfo, EpochEntry};
+use qemu_proto::node_entry::{NODE_BYTES, NODES_MAX, NodeEntry};
+use qemu_proto::opcode::{ADMIN_VERSION, Opcode};
+use qemu_proto::request::{Request, RequestBody};
+use qemu_proto::response::ResponseBody;
+use qemu_proto::stat::{Counters, DiskEntry, MD_INFO_BYTES, RecoveryStat, Throttle, encode_disks};
+use qemu_proto::status::Status;
+use sheep_core::cluster_state::{EpochMember, Phase};
+use sheep_core::command::{Command, Outcome as Ordered, Refusal};
+use sheep_core::member::Member;
+
+use super::Front;
+use super::ops::{Outcome, Reply};
+use super::wire_status::of_refusal;
+
+/// Virtual nodes shown for a member of mean capacity, as the ancestor had them: our ring has more points, in the same
+/// proportion.
+const VNODES_SHOWN: f64 = 128.0;
+
+/// Carries out whatever is not about objects and VDIs.
+pub async fn run(front: &Front, opcode: Opcode, request: &Request, payload: &[u8]) -> Outcome {
+    match opcode {
+        Opcode::GetNodeList => node_list(front, request),
+        Opcode::ClusterInfo => cluster_info(front, request),
+        Opcode::StatCluster => stat_cluster(front, request),
+        Opcode::MakeFs => make_fs(front, request, payload).await,
+        Opcode::Shutdown => shutdown(front).await,
+        Opcode::KillNode => {
+            front.stop.notify_one();
+            Ok(Reply::done())
+        }
+        Opcode::ForceRecover => force_recover(front, request).await,
+        Opcode::GetStoreList => Ok(Reply::data(front.store_name.to_string() + " ")),
+        Opcode::StatSheep => Ok(stat_sheep(front)),
+        Opcode::StatRecovery => Ok(stat_recovery(front, request)),
+        Opcode::Stat => Ok(Reply::data(Counters::default().encode().to_vec())),
+        Opcode::MdInfo => md_info(front, request),
+        Opcode::GetRecovery => Ok(Reply::data(Throttle::default().encode().to_vec())),
+        Opcode::ClusterReport => report(front, request),
+        // Known, but not served by this version.
+        _ => Err(Status::NoSupport),
+    }
+}
+
+/// GET_CLUSTER_DEFAULT: never zeros, whatever the state (protocol.md section 6.4).
+pub fn cluster_default(front: &Front) -> Reply {
+    let settings = front.data.view().state.settings;
+    Reply::body(ResponseBody::ClusterDefault {
+        nr_copies: settings.copies,
+        copy_policy: 0,
+        block_size_shift: settings.object_size_shift,
+        rest: [0; 25],
+    })
+}
+
+fn entries<'a>(members: impl Iterator<Item = &'a EpochMember>) -> Vec<NodeEntry> {
+    let mut members: Vec<&Member> = members.map(|member| &member.member).collect();
+    members.sort_by_key(|member| member.list_key());
+    let storing = members.iter().filter(|member| !member.is_gateway()).count();
+    let total: f64 = members.iter().map(|member| member.weight as f64).sum();
+    let mean = if storing == 0 { 1.0 } else { total / storing as f64 };
+    let entry = |member: &&Member| NodeEntry {
+        address: member.address,
+        port: member.port,
+        nr_vnodes: (member.weight as f64 / mean * VNODES_SHOWN).round().min(65535.0) as u16,
+        zone: member.zone,
+        space: member.weight,
+        ..NodeEntry::default()
+    };
+    members.iter().map(entry).collect()
+}
+
+fn node_list(front: &Front, request: &Request) -> Outcome {
+    let view = front.data.view();
+    let nodes = entries(view.state.members.values());
+    let shown = nodes.len().min(request.data_length as usize / NODE_BYTES);
+    let payload: Vec<u8> = nodes[..shown].iter().flat_map(NodeEntry::encode).collect();
+    Ok(Reply { body: ResponseBody::node(shown as u32, 0, 0), ..Reply::data(payload) })
+}
+
+fn cluster_info(front: &Front, request: &Request) -> Outcome {
+    if (request.data_length as usize) < CLUSTER_INFO_BYTES {
+        return Err(Status::BufferSmall);
+    }
+    let view = front.data.view();
+    let state = &view.state;
+    let info = ClusterInfo {
+        proto_ver: ADMIN_VERSION,
+        disable_recovery: 0,
+        epoch: state.epoch.get(),
+        ctime: state.created,
+        flags: state.settings.flags,
+        nr_copies: state.settings.copies,
+        copy_policy: 0,
+        status: match state.phase {
+            Phase::Running => 1,
+            Phase::Unformatted | Phase::Waiting(_) => 2,
+            Phase::Shutdown => 3,
+        },
+        block_size_shift: state.settings.object_size_shift,
+        default_store: store_name(front),
+        nodes: entries(state.members.values()),
+    };
+    Ok(Reply::data(info.encode()))
+}
+
+fn store_name(front: &Front) -> [u8; 16] {
+    let mut name = [0; 16];
+    name[..front.store_name.len()].copy_from_slice(front.store_name.as_bytes());
+    name
+}
+
+/// The result of STAT_CLUSTER is the cluster's status.
+fn status_of(phase: &Phase) -> Status {
+    match phase {
+        Phase::Running => Status::Success,
+        Phase::Unformatted => Status::WaitForFormat,
+        Phase::Waiting(_) => Status::WaitForJoin,
+        Phase::Shutdown => Status::Shutdown,
+    }
+}
+
+fn stat_cluster(front: &Front, request: &Request) -> Outcome {
+    let view = front.data.view();
+    let state = &view.state;
+    let nodes_nr = match &request.body {
+        RequestBody::Cluster(body) => body.nodes_nr as usize,
+        _ => 0,
+    };
+    let room = request.data_length as usize;
+    let mut payload = Vec::new();
+    for record in state.epochs.iter().rev() {
+        let nodes = entries(record.members.values());
+        // A caller that only wants the status asks for one bare record.
+        let nodes = if nodes_nr == 0 { Vec::new() } else { nodes };
+        if nodes.len() > nodes_nr.min(NODES_MAX) {
+            return Err(Status::BufferSmall);
+        }
+        let mut entry = EpochEntry { time: record.time, epoch: record.epoch.get(), nodes, ..EpochEntry::default() };
+        if payload.is_empty() {
+            entry.ctime = state.created;
+            entry.nr_copies = state.settings.copies;
+            entry.flags = state.settings.flags;
+            entry.driver_name = store_name(front);
+        }
+        let bytes = entry.encode(nodes_nr).ok_or(Status::BufferSmall)?;
+        if payload.len() + bytes.len() > room {
+            break;
+        }
+        payload.extend_from_slice(&bytes);
+    }
+    Ok(Reply { status: status_of(&state.phase), ..Reply::data(payload) })
+}
+
+async fn make_fs(front: &Front, request: &Request, payload: &[u8]) -> Outcome {
+    let RequestBody::Cluster(body) = &request.body else { return Err(Status::InvalidParms) };
+    let store: &[u8] = payload.split(|byte| *byte == 0).next().unwrap_or(&[]);
+    // The ancestor had two layouts on disk; ours is one, and takes over for both names.
+    if !matches!(store, b"" | b"plain" | b"tree") {
+        return Err(Status::NoStore);
+    }
+    if body.copy_policy != 0 {
+        return Err(Status::NoSupport);
+    }
+    let default = |value: u8, default: u8| if value == 0 { default } else { value };
+    let command = Command::Format {
+        cluster_id: front.data.world().rng.next_u64().max(1),
+        copies: default(body.copies, sheep_core::cluster_state::DEFAULT_COPIES),
+        object_size_shift: default(body.block_size_shift, sheep_core::cluster_state::DEFAULT_OBJECT_SIZE_SHIFT),
+        flags: body.flags,
+        time: front.data.world().clock.wall().to_wire(),
+    };
+    propose(front, command).await
+}
+
+async fn propose(front: &Front, command: Command) -> Outcome {
+    match front.data.cluster().propose(command).await {
+        Ok(Ordered::Refused(refusal)) => Err(of_refusal(refusal)),
+        Ok(_) => {
+            front.data.settle_in().await;
+            Ok(Reply::done())
+        }
+        Err(error) => {
+            tracing::warn!("cannot order a change of the cluster: {error}");
+            Err(Status::ClusterError)
+        }
+    }
+}
+
+async fn shutdown(front: &Front) -> Outcome {
+    // What was acknowledged without being durable becomes so before anybody stops.
+    if front.data.view().state.is_running() && crate::data::flush::flush(&front.data).await.is_err() {
+        tracing::warn!("shutting down although not everything could be flushed");
+    }
+    propose(front, Command::Shutdown).await
+}
+
+async fn force_recover(front: &Front, request: &Request) -> Outcome {
+    let command = Command::ForceRecover { time: front.data.world().clock.wall().to_wire() };
+    match front.data.cluster().propose(command).await {
+        Ok(Ordered::Refused(Refusal::NoEffect)) => Err(Status::ForceRecover),
+        Ok(Ordered::Refused(refusal)) => Err(of_refusal(refusal)),
+        Ok(_) => node_list(front, request),
+        Err(error) => {
+            tracing::warn!("cannot order a forced recovery: {error}");
+            Err(Status::ClusterError)
+        }
+    }
+}
+
+fn stat_sheep(front: &Front) -> Reply {
+    let Some(holder) = front.data.holder() else { return Reply::body(ResponseBody::node(0, 0, 0)) };
+    let space = holder.store().space();
+    // As the ancestor counted: what objects take plus what is free.
+    let size = space.used_bytes + space.free_bytes;
+    Reply::body(ResponseBody::node(0, size, space.free_bytes))
+}
+
+fn stat_recovery(front: &Front, request: &Request) -> Reply {
+    let progress = front.data.progress();
+    let stat = RecoveryStat {
+        in_recovery: progress.running.load(Ordering::Relaxed),
+        state: u32::from(progress.listed.load(Ordering::Relaxed)),
+        finished: progress.done.load(Ordering::Relaxed),
+        total: progress.total.load(Ordering::Relaxed),
+    };
+    let bytes = stat.encode();
+    Reply::data(bytes[..bytes.len().min(request.data_length as usize)].to_vec())
+}
+
+fn md_info(front: &Front, request: &Request) -> Outcome {
+    if (request.data_length as usize) < MD_INFO_BYTES {
+        return Err(Status::BufferSmall);
+    }
+    let disks: Vec<DiskEntry> = match front.data.holder() {
+        None => Vec::new(),
+        Some(holder) => {
+            let space = holder.store().space();
+            vec![DiskEntry { index: 0, free: space.free_bytes, used: space.used_bytes, path: Vec::new() }]
+        }
+    };
+    Ok(Reply::data(encode_disks(&disks)))
+}
+
+fn report(front: &Front, request: &Request) -> Outcome {
+    let view = front.data.view();
+    let recovering = front.data.progress().running.load(Ordering::Relaxed);
+    let text = serde_json::json!({
+        "cluster_id": format!("{:016x}", view.state.cluster_id),
+        "epoch": view.epoch().get(),
+        "clean_epoch": view.state.clean.get(),
+        "recovering": recovering,
+        "waiting": front.data.waiting_for(),
+        "node": front.data.node().to_string(),
+        "node_report": front.data.report_here(),
+    });
+    let text = text.to_string();
+    if text.len() > request.data_length as usize {
+        return Err(Status::BufferSmall);
+    }
+    Ok(Reply::data(text))
+}

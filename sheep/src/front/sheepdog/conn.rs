@@ -1,0 +1,84 @@
+//! One client connection: decode, look at the fast cases, run the others side by side, answer as they end.
+//!
+//! Write path 1 of 6; next: data/gateway/write.rs. A client that sends faster than it is served is no longer read once
+//! [`UNDER_WAY_BYTES_MAX`] are under way; bytes that are no request end the connection and harm nobody else.
+
+use std::sync::Arc;
+
+use bytes::Bytes;
+use qemu_proto::frame::payload_bytes;
+use qemu_proto::request::{HEADER_BYTES, Request};
+use qemu_proto::response::Response;
+use tokio::sync::Semaphore;
+
+use super::{Front, ops};
+use crate::world::frames::{FrameReader, FrameSender};
+use crate::world::net::Connection;
+
+/// Request and answer bytes under way per connection: sixteen requests of one 4 MiB object, as QEMU never has more.
+const UNDER_WAY_BYTES_MAX: usize = 64 << 20;
+/// What a request costs besides its payload.
+const REQUEST_COST_BYTES: usize = 256;
+/// The largest object that the server keeps for clients; larger requests end the connection.
+const OBJECT_BYTES_MAX: usize = 64 << 20;
+
+/// An answer: its header and payload.
+pub struct Answer {
+    /// See [`Response`].
+    pub response: Response,
+    /// `response.data_length` bytes.
+    pub payload: Bytes,
+}
+
+/// Serves a connection to its end.
+pub async fn serve(front: Front, connection: Connection) {
+    let peer = connection.peer;
+    let mut reader = FrameReader::new(connection.reader);
+    let sender = FrameSender::start(connection.writer);
+    let room = Arc::new(Semaphore::new(UNDER_WAY_BYTES_MAX));
+    loop {
+        let header = match reader.header::<HEADER_BYTES>().await {
+            Ok(Some(header)) => header,
+            Ok(None) => return,
+            Err(error) => {
+                tracing::debug!("the connection of client {peer} broke: {error}");
+                return;
+            }
+        };
+        let request = Request::decode(&header);
+        let length = match payload_bytes(&request, OBJECT_BYTES_MAX) {
+            Ok(length) => length,
+            Err(error) => {
+                tracing::warn!("client {peer} sent what is no request of this protocol ({error}): disconnected");
+                return;
+            }
+        };
+        let answer_bytes = qemu_proto::frame::answer_bytes_max(&request, OBJECT_BYTES_MAX);
+        let cost = (length + answer_bytes + REQUEST_COST_BYTES).min(UNDER_WAY_BYTES_MAX);
+        // The semaphore is never closed.
+        let Ok(permit) = room.clone().acquire_many_owned(cost as u32).await else { return };
+        let payload = match reader.payload(length).await {
+            Ok(payload) => payload,
+            Err(error) => {
+                tracing::debug!("the connection of client {peer} broke in the middle of a request: {error}");
+                return;
+            }
+        };
+        if let Some(answer) = ops::answer_now(&front, &request) {
+            send(&sender, answer);
+            continue;
+        }
+        let (front, sender) = (front.clone(), sender.clone());
+        tokio::spawn(async move {
+            let answer = ops::run(&front, &request, payload).await;
+            send(&sender, answer);
+            drop(permit);
+        });
+    }
+}
+
+fn send(sender: &FrameSender, answer: Answer) {
+    assert_eq!(answer.response.data_length as usize, answer.payload.len(), "the header announces the payload");
+    // A broken connection is noticed by its reader.
+    let _ = sender.send(Bytes::copy_from_slice(&answer.response.encode()), answer.payload);
+}

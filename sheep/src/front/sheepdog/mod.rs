@@ -1,0 +1,45 @@
+//! Sheepdog's client protocol: listening sockets and connections.
+//!
+//! `conn` reads requests and answers them in the order of completion; `ops` is the table of operations; `objects`, `vdis`
+//! and `admin` carry them out; `wire_status` turns errors into result codes.
+
+pub mod admin;
+pub mod conn;
+pub mod objects;
+pub mod ops;
+pub mod vdis;
+pub mod wire_status;
+
+use std::sync::Arc;
+
+use tokio::sync::Notify;
+
+use crate::data::Data;
+use crate::world::net::Listener;
+
+/// What the protocol needs of its node.
+#[derive(Clone)]
+pub struct Front {
+    /// The data path.
+    pub data: Data,
+    /// Told when a client asks this daemon to stop.
+    pub stop: Arc<Notify>,
+    /// What this node is called in lists.
+    pub store_name: &'static str,
+}
+
+/// Takes clients' connections until the process ends.
+pub async fn listen(front: Front, listener: Box<dyn Listener>) {
+    loop {
+        match listener.accept().await {
+            Ok(connection) => {
+                tokio::spawn(conn::serve(front.clone(), connection));
+            }
+            Err(error) => {
+                // Out of file descriptors, most likely: those who are connected go on.
+                tracing::warn!("cannot take a client's connection: {error}");
+                front.data.world().clock.sleep(std::time::Duration::from_millis(100)).await;
+            }
+        }
+    }
+}

@@ -1,0 +1,155 @@
+//! Operations on objects.
+
+use bytes::Bytes;
+use qemu_proto::flags::RequestFlags;
+use qemu_proto::oid::{ObjectKind, Oid};
+use qemu_proto::request::{ObjectRequest, Request};
+use qemu_proto::response::ResponseBody;
+use qemu_proto::status::Status;
+
+use super::Front;
+use super::ops::{Outcome, Reply};
+use super::wire_status::{of_inode, of_read, of_volume, of_write};
+use crate::data::gateway::write::{Base, ObjectWrite, write as write_object};
+use crate::data::gateway::{ReadFailure, read as read_path};
+use crate::data::inode::{self, InodeWriter};
+use crate::data::volumes::{self, Creation};
+use crate::data::{Data, check as checks, flush as flushes};
+
+/// A write is durable when answered unless the client says that it will flush (protocol.md section 6.20).
+fn durable(request: &Request) -> bool {
+    !request.flags.contains(RequestFlags::CACHE) || request.flags.contains(RequestFlags::DIRECT)
+}
+
+/// The bytes of a data object that is here and current.
+pub fn read_now(data: &Data, body: &ObjectRequest, request: &Request) -> Option<Bytes> {
+    if body.oid.kind()? != ObjectKind::Data {
+        return None;
+    }
+    read_path::read_now(data, body.oid, body.offset, request.data_length as usize)
+}
+
+/// READ_OBJ.
+pub async fn read(front: &Front, body: &ObjectRequest, request: &Request) -> Outcome {
+    let length = request.data_length as usize;
+    if request.flags.contains(RequestFlags::WRITE) {
+        return Err(Status::InvalidParms);
+    }
+    let bytes = match body.oid.kind() {
+        Some(ObjectKind::Inode) => {
+            let read = inode::read_inode(&front.data, body.oid.vid(), body.offset, length).await;
+            read.map_err(|error| of_inode(&error))?
+        }
+        Some(ObjectKind::Data | ObjectKind::Vmstate | ObjectKind::Attribute) => {
+            read_path::read(&front.data, body.oid, body.offset, length).await.map_err(of_read)?
+        }
+        Some(ObjectKind::BtreeNode | ObjectKind::Ledger) => return Err(Status::NoObj),
+        None => return Err(Status::InvalidParms),
+    };
+    Ok(Reply::data(bytes))
+}
+
+/// WRITE_OBJ.
+pub async fn write(front: &Front, body: &ObjectRequest, request: &Request, payload: Bytes) -> Outcome {
+    if !request.flags.contains(RequestFlags::WRITE) && request.data_length != 0 {
+        return Err(Status::InvalidParms);
+    }
+    match body.oid.kind() {
+        Some(ObjectKind::Inode) => {
+            let writer = InodeWriter {
+                qemu_synchronous: request.proto_ver == 0 && request.id == 0,
+                durable: durable(request),
+            };
+            let written = inode::write_inode(&front.data, body.oid.vid(), body.offset, &payload, writer).await;
+            written.map_err(|error| of_inode(&error))?;
+        }
+        Some(ObjectKind::Data | ObjectKind::Vmstate | ObjectKind::Attribute) => {
+            let object = ObjectWrite {
+                oid: body.oid,
+                offset: body.offset,
+                data: payload,
+                base: Base::Existing,
+                durable: durable(request),
+            };
+            write_object(&front.data, object).await.map_err(of_write)?;
+        }
+        Some(ObjectKind::BtreeNode | ObjectKind::Ledger) | None => return Err(Status::InvalidParms),
+    }
+    Ok(Reply::done())
+}
+
+/// CREATE_AND_WRITE_OBJ.
+pub async fn create(front: &Front, body: &ObjectRequest, request: &Request, payload: Bytes) -> Outcome {
+    if !request.flags.contains(RequestFlags::WRITE) && request.data_length != 0 {
+        return Err(Status::InvalidParms);
+    }
+    let source = request.flags.contains(RequestFlags::COW).then_some(body.cow_oid);
+    match body.oid.kind() {
+        Some(ObjectKind::Data | ObjectKind::Vmstate | ObjectKind::Attribute) => {}
+        // A whole inode comes only with the ancestor's cluster snapshots, which this server does not load.
+        _ => return Err(Status::InvalidParms),
+    }
+    if source.is_some_and(|source| source.kind() != body.oid.kind()) {
+        return Err(Status::InvalidParms);
+    }
+    let creation = Creation {
+        oid: body.oid,
+        offset: body.offset,
+        payload,
+        source: source.filter(|source| *source != body.oid),
+        durable: durable(request),
+    };
+    volumes::create_object(&front.data, creation).await.map_err(of_volume)?;
+    Ok(Reply::done())
+}
+
+/// DISCARD_OBJ.
+pub async fn discard(front: &Front, body: &ObjectRequest, request: &Request) -> Outcome {
+    if body.oid.kind() != Some(ObjectKind::Data) {
+        return Err(Status::InvalidParms);
+    }
+    inode::discard(&front.data, body.oid, durable(request)).await.map_err(|error| of_inode(&error))?;
+    Ok(Reply::done())
+}
+
+/// FLUSH_VDI.
+pub async fn flush(front: &Front) -> Outcome {
+    flushes::flush(&front.data).await.map_err(of_write)?;
+    Ok(Reply::done())
+}
+
+/// EXIST: whether this node has a copy.
+pub fn exist(front: &Front, body: &ObjectRequest) -> Outcome {
+    let has = front.data.holder().is_some_and(|holder| holder.store().entry(body.oid).is_some());
+    // An inode without a map of its own exists all the same: its header is in the ordered state of every node.
+    let known = body.oid.kind() == Some(ObjectKind::Inode)
+        && front.data.view().state.vdis.contains_key(&body.oid.vid().get())
+        && is_holder(&front.data, body.oid);
+    if has || known { Ok(Reply::done()) } else { Err(Status::NoObj) }
+}
+
+fn is_holder(data: &Data, oid: Oid) -> bool {
+    let view = data.view();
+    view.locate(oid).is_some_and(|location| view.holders(&location).contains(&data.node()))
+}
+
+/// CHECK_OBJECT.
+pub async fn check(front: &Front, body: &ObjectRequest) -> Outcome {
+    let Some(result) = checks::check_object(&front.data, body.oid).await else {
+        // A VDI whose map was never written has no inode object, and needs none.
+        let unwritten = body.oid.kind() == Some(ObjectKind::Inode)
+            && matches!(read_path::read(&front.data, body.oid, 0, 0).await, Err(ReadFailure::Missing))
+            && front.data.view().state.vdis.contains_key(&body.oid.vid().get());
+        if unwritten {
+            return Ok(Reply::body(ResponseBody::Check { wanted: 0, good: 0, repaired: 0, unrepairable: 0, rest: [0; 12] }));
+        }
+        return Err(Status::NoObj);
+    };
+    Ok(Reply::body(ResponseBody::Check {
+        wanted: result.wanted,
+        good: result.good,
+        repaired: result.repaired,
+        unrepairable: result.unrepairable,
+        rest: [0; 12],
+    }))
+}

@@ -1,0 +1,132 @@
+//! The table of operations: what may run when, and who carries it out.
+
+use bytes::Bytes;
+use qemu_proto::flags::RequestFlags;
+use qemu_proto::opcode::{ADMIN_VERSION, CLIENT_VERSION_MAX, Opcode};
+use qemu_proto::request::{Request, RequestBody};
+use qemu_proto::response::{Response, ResponseBody};
+use qemu_proto::status::Status;
+use sheep_core::cluster_state::Phase;
+
+use super::conn::Answer;
+use super::{Front, admin, objects, vdis};
+
+/// What an operation gives when it is done.
+pub struct Reply {
+    /// The header's body.
+    pub body: ResponseBody,
+    /// What follows the header.
+    pub payload: Bytes,
+    /// The result; `Success` but for operations whose answer is a status.
+    pub status: Status,
+}
+
+impl Reply {
+    /// Done, nothing to tell.
+    pub fn done() -> Reply {
+        Reply { body: ResponseBody::NONE, payload: Bytes::new(), status: Status::Success }
+    }
+
+    /// Done, with a header body.
+    pub fn body(body: ResponseBody) -> Reply {
+        Reply { body, ..Reply::done() }
+    }
+
+    /// Done, with data.
+    pub fn data(payload: impl Into<Bytes>) -> Reply {
+        Reply { payload: payload.into(), ..Reply::done() }
+    }
+}
+
+/// How an operation ends.
+pub type Outcome = Result<Reply, Status>;
+
+/// Whether an operation is served while the cluster is not (protocol.md section 2: "force").
+fn runs_always(opcode: Opcode) -> bool {
+    use Opcode as O;
+    matches!(
+        opcode,
+        O::ReadVdis | O::ReadDelVdis | O::GetClusterDefault | O::GetNodeList | O::MakeFs | O::Shutdown | O::StatCluster
+            | O::ForceRecover | O::GetStoreList | O::KillNode | O::GetVdiCopies | O::NotifyVdiAdd | O::GetLoglevel
+            | O::SetLoglevel | O::Exist | O::ClusterInfo | O::OidsExist | O::GetRecovery | O::SetRecovery
+            | O::ClusterReport | O::ReleaseVdi
+    )
+}
+
+fn version_fits(request: &Request) -> bool {
+    if request.opcode < 0x80 { request.proto_ver <= CLIENT_VERSION_MAX } else { request.proto_ver == ADMIN_VERSION }
+}
+
+/// Why a request cannot be served at all, in the order in which the ancestor looked.
+fn refusal(front: &Front, request: &Request) -> Option<Status> {
+    if !version_fits(request) {
+        return Some(Status::VerMismatch);
+    }
+    let Some(opcode) = request.op() else { return Some(Status::InvalidParms) };
+    match front.data.view().state.phase {
+        Phase::Running => None,
+        _ if runs_always(opcode) => None,
+        Phase::Unformatted => Some(Status::WaitForFormat),
+        Phase::Waiting(_) => Some(Status::WaitForJoin),
+        Phase::Shutdown => Some(Status::Shutdown),
+    }
+}
+
+/// Answers a read that needs no waiting.
+pub fn answer_now(front: &Front, request: &Request) -> Option<Answer> {
+    if request.op() != Some(Opcode::ReadObj) || refusal(front, request).is_some() {
+        return None;
+    }
+    let RequestBody::Object(body) = &request.body else { return None };
+    let payload = objects::read_now(&front.data, body, request)?;
+    let epoch = front.data.view().epoch().get();
+    let response = Response::success(request, epoch, ResponseBody::NONE, payload.len() as u32);
+    Some(Answer { response, payload })
+}
+
+/// Carries a request out.
+pub async fn run(front: &Front, request: &Request, payload: Bytes) -> Answer {
+    let outcome = match (refusal(front, request), request.op()) {
+        (Some(status), _) => Err(status),
+        (None, None) => Err(Status::InvalidParms),
+        (None, Some(opcode)) => dispatch(front, opcode, request, payload).await,
+    };
+    let epoch = front.data.view().epoch().get();
+    match outcome {
+        Ok(reply) => {
+            let mut response = Response::success(request, epoch, reply.body, reply.payload.len() as u32);
+            response.result = reply.status.code();
+            Answer { response, payload: reply.payload }
+        }
+        Err(status) => Answer { response: Response::error(request, status, epoch), payload: Bytes::new() },
+    }
+}
+
+async fn dispatch(front: &Front, opcode: Opcode, request: &Request, payload: Bytes) -> Outcome {
+    use Opcode as O;
+    match (opcode, &request.body) {
+        (O::ReadObj, RequestBody::Object(body)) => objects::read(front, body, request).await,
+        (O::WriteObj, RequestBody::Object(body)) => objects::write(front, body, request, payload).await,
+        (O::CreateAndWriteObj, RequestBody::Object(body)) => objects::create(front, body, request, payload).await,
+        (O::DiscardObj, RequestBody::Object(body)) => objects::discard(front, body, request).await,
+        (O::FlushVdi, RequestBody::Object(_)) => objects::flush(front).await,
+        (O::Exist, RequestBody::Object(body)) => objects::exist(front, body),
+        (O::CheckObject, RequestBody::Object(body)) => objects::check(front, body).await,
+        (O::NewVdi, RequestBody::Vdi(body)) if writes(request) => vdis::new_vdi(front, body, &payload).await,
+        (O::LockVdi | O::GetVdiInfo, RequestBody::Vdi(body)) if writes(request) => {
+            vdis::lookup(front, body, &payload).await
+        }
+        (O::DelVdi, RequestBody::Vdi(body)) if writes(request) => vdis::delete(front, body, &payload).await,
+        (O::GetVdiAttr, RequestBody::Vdi(_)) if writes(request) => vdis::attribute(front, request, &payload).await,
+        (O::ReleaseVdi, _) => Ok(Reply::done()),
+        (O::ReadVdis, _) => vdis::bitmap(front, request, |_| true),
+        (O::ReadDelVdis, _) => vdis::bitmap(front, request, |vdi| vdi.deleted),
+        (O::GetVdiCopies, _) => vdis::states(front, request),
+        (O::GetClusterDefault, _) => Ok(admin::cluster_default(front)),
+        (_, _) => admin::run(front, opcode, request, &payload).await,
+    }
+}
+
+fn writes(request: &Request) -> bool {
+    request.flags.contains(RequestFlags::WRITE)
+}

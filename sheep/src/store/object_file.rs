@@ -1,0 +1,502 @@
+//! One object's file: a header block, a table of block checksums, the content.
+//!
+//! Always holds:
+//! 1. Outside of [`ObjectFile::write`], every block agrees with its entry of the table, or is damaged. A reader that
+//!    meets a difference while a write is going on looks again under the file's lock before it says so.
+//! 2. Only the applier (and, before the object is visible, its maker) writes. All users of an object share one
+//!    `ObjectFile`, so that a loaded piece of the table is never older than the file.
+//! 3. Unwritten parts are holes, whose entries are zero.
+//!
+//! A power loss may leave any 512-byte sector of what was written since the last sync old or new, table and content
+//! independently. The journal holds every such write; its replay brings both into agreement again.
+
+use std::io;
+use std::path::Path;
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+
+use sheep_core::stamp::Version;
+
+use super::checksum::{BLOCK_BYTES, block_tag, crc32c, round_up};
+use crate::world::disk::{File, Files, OpenMode};
+
+const MAGIC: [u8; 8] = *b"SHEEPOBJ";
+const FORMAT: u32 = 1;
+/// Header bytes before the header's own checksum; the rest of the block is zero.
+const HEADER_BYTES: usize = 60;
+
+/// Largest object: 2 GiB, the most that a Sheepdog VDI may ask for.
+pub const OBJECT_BYTES_MAX: u64 = 1 << 31;
+
+/// Table entries per lazily loaded piece: one block of the table.
+const PIECE_ENTRIES: usize = BLOCK_BYTES / 4;
+
+/// Zeros of at least this many bytes are punched out instead of written: below, the call costs more than it saves.
+const PUNCH_BYTES_MIN: usize = 64 << 10;
+
+/// Where the parts of a file of a given size lie.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Geometry {
+    /// Bytes of content, as clients see it.
+    pub size_bytes: u64,
+}
+
+impl Geometry {
+    /// Blocks of content, the last one padded.
+    pub const fn block_count(self) -> u64 {
+        self.size_bytes.div_ceil(BLOCK_BYTES as u64)
+    }
+
+    /// Where the table begins: after the header block.
+    pub const fn table_offset(self) -> u64 {
+        BLOCK_BYTES as u64
+    }
+
+    /// Where the content begins: after the padded table.
+    pub const fn content_offset(self) -> u64 {
+        self.table_offset() + round_up(self.block_count() * 4)
+    }
+
+    /// Length of the file.
+    pub const fn file_bytes(self) -> u64 {
+        self.content_offset() + self.block_count() * BLOCK_BYTES as u64
+    }
+}
+
+/// What a file says about itself when it was made. The index, not this, says which version it holds now.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Header {
+    /// The object.
+    pub oid: u64,
+    /// Bytes of content.
+    pub size_bytes: u64,
+    /// Version at creation.
+    pub version: Version,
+}
+
+impl Header {
+    /// The header block.
+    pub fn encode(&self) -> [u8; BLOCK_BYTES] {
+        let mut block = [0; BLOCK_BYTES];
+        let geometry = Geometry { size_bytes: self.size_bytes };
+        block[0..8].copy_from_slice(&MAGIC);
+        block[8..12].copy_from_slice(&FORMAT.to_le_bytes());
+        block[12..20].copy_from_slice(&self.oid.to_le_bytes());
+        block[20..28].copy_from_slice(&self.size_bytes.to_le_bytes());
+        block[28..32].copy_from_slice(&self.version.epoch.0.to_le_bytes());
+        block[32..36].copy_from_slice(&self.version.stamp.generation.to_le_bytes());
+        block[36..44].copy_from_slice(&self.version.stamp.sequence.to_le_bytes());
+        block[44..52].copy_from_slice(&geometry.table_offset().to_le_bytes());
+        block[52..60].copy_from_slice(&geometry.content_offset().to_le_bytes());
+        let crc = crc32c(&block[..HEADER_BYTES]);
+        block[HEADER_BYTES..HEADER_BYTES + 4].copy_from_slice(&crc.to_le_bytes());
+        block
+    }
+
+    /// Whether a header block is the intact one of this object and size.
+    pub fn matches(block: &[u8], oid: u64, size_bytes: u64) -> bool {
+        let Some(head) = block.first_chunk::<{ HEADER_BYTES + 4 }>() else {
+            return false;
+        };
+        let crc = crc32c(&head[..HEADER_BYTES]).to_le_bytes();
+        head[0..8] == MAGIC
+            && head[8..12] == FORMAT.to_le_bytes()
+            && head[HEADER_BYTES..] == crc
+            && head[12..20] == oid.to_le_bytes()
+            && head[20..28] == size_bytes.to_le_bytes()
+    }
+}
+
+/// What is known about the blocks that a write covers in part.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Base {
+    /// They must agree with the table; if one does not, it stays recognizably damaged after the write.
+    Checked,
+    /// Journal replay: a difference is what a power loss left and what the replay repairs.
+    Replayed,
+}
+
+/// Result of a verified read.
+#[derive(Debug)]
+pub enum ReadOutcome {
+    /// The buffer is filled and every block agreed with the table.
+    Verified,
+    /// This block of the content did not.
+    Mismatch(u64),
+    /// Only for cached reads: the device would have to be asked.
+    NotCached,
+}
+
+type Piece = Box<[AtomicU32]>;
+
+/// An open object file.
+pub struct ObjectFile {
+    file: Arc<dyn File>,
+    geometry: Geometry,
+    pieces: Box<[OnceLock<Piece>]>,
+    /// Odd while a write is going on; see invariant 1.
+    writes: AtomicU64,
+    lock: Mutex<()>,
+}
+
+impl ObjectFile {
+    /// Makes a file full of zeros under `path`, replacing what was there.
+    pub fn create(files: &dyn Files, path: &Path, header: &Header) -> io::Result<ObjectFile> {
+        let file = files.open(path, OpenMode::Truncate)?;
+        let geometry = Geometry { size_bytes: header.size_bytes };
+        file.set_len(geometry.file_bytes())?;
+        file.write_at(&[io::IoSlice::new(&header.encode())], 0)?;
+        Ok(ObjectFile::new(file, geometry))
+    }
+
+    /// Opens a file; `None` if it is not the intact file of that object and size.
+    pub fn open(files: &dyn Files, path: &Path, oid: u64, size_bytes: u64) -> io::Result<Option<ObjectFile>> {
+        let file = match files.open(path, OpenMode::Write) {
+            Ok(file) => file,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+            Err(error) => return Err(error),
+        };
+        let mut block = [0; BLOCK_BYTES];
+        let count = file.read_at(&mut block, 0)?;
+        let geometry = Geometry { size_bytes };
+        if !Header::matches(&block[..count], oid, size_bytes) || file.len()? != geometry.file_bytes() {
+            return Ok(None);
+        }
+        Ok(Some(ObjectFile::new(file, geometry)))
+    }
+
+    /// Opens a copy of another object's file (of the same size) and makes it this object's.
+    pub fn adopt(files: &dyn Files, path: &Path, source: u64, header: &Header) -> io::Result<Option<ObjectFile>> {
+        let Some(adopted) = ObjectFile::open(files, path, source, header.size_bytes)? else {
+            return Ok(None);
+        };
+        adopted.file.write_at(&[io::IoSlice::new(&header.encode())], 0)?;
+        Ok(Some(adopted))
+    }
+
+    fn new(file: Arc<dyn File>, geometry: Geometry) -> ObjectFile {
+        assert!(geometry.size_bytes > 0 && geometry.size_bytes <= OBJECT_BYTES_MAX, "sizes are checked by the caller");
+        let piece_count = (geometry.block_count() as usize).div_ceil(PIECE_ENTRIES);
+        ObjectFile {
+            file,
+            geometry,
+            pieces: (0..piece_count).map(|_| OnceLock::new()).collect(),
+            writes: AtomicU64::new(0),
+            lock: Mutex::new(()),
+        }
+    }
+
+    /// Where its parts lie.
+    pub fn geometry(&self) -> Geometry {
+        self.geometry
+    }
+
+    /// Bytes of memory that the table takes when it is all loaded.
+    pub fn table_bytes_max(&self) -> usize {
+        self.pieces.len() * BLOCK_BYTES
+    }
+
+    /// Makes everything written durable.
+    pub fn sync(&self) -> io::Result<()> {
+        self.file.sync_data()
+    }
+
+    /// Bytes of disk space taken.
+    pub fn allocated_bytes(&self) -> io::Result<u64> {
+        self.file.allocated_bytes()
+    }
+
+    /// Fills `buffer` (whole blocks) from `first_block` out of the page cache only.
+    pub fn read_cached(&self, first_block: u64, buffer: &mut [u8]) -> io::Result<ReadOutcome> {
+        let last_block = first_block + (buffer.len() / BLOCK_BYTES) as u64 - 1;
+        for piece in first_block as usize / PIECE_ENTRIES..=last_block as usize / PIECE_ENTRIES {
+            if self.pieces[piece].get().is_none() {
+                return Ok(ReadOutcome::NotCached);
+            }
+        }
+        let offset = self.geometry.content_offset() + first_block * BLOCK_BYTES as u64;
+        match self.file.read_cached(buffer, offset)? {
+            Some(count) if count == buffer.len() => Ok(self.verify(first_block, buffer)),
+            _ => Ok(ReadOutcome::NotCached),
+        }
+    }
+
+    /// Fills `buffer` (whole blocks) from `first_block`. May block. A mismatch is final: no write was in its way.
+    pub fn read(&self, first_block: u64, buffer: &mut [u8]) -> io::Result<ReadOutcome> {
+        let last_block = first_block + (buffer.len() / BLOCK_BYTES) as u64 - 1;
+        for piece in first_block as usize / PIECE_ENTRIES..=last_block as usize / PIECE_ENTRIES {
+            if self.pieces[piece].get().is_none() {
+                let _guard = self.lock.lock().unwrap_or_else(PoisonError::into_inner);
+                self.load_piece(piece)?;
+            }
+        }
+        let writes = self.writes.load(Ordering::Acquire);
+        let outcome = self.read_once(first_block, buffer)?;
+        if matches!(outcome, ReadOutcome::Verified) {
+            return Ok(outcome);
+        }
+        if writes & 1 == 0 && self.writes.load(Ordering::Acquire) == writes {
+            return Ok(outcome);
+        }
+        let _guard = self.lock.lock().unwrap_or_else(PoisonError::into_inner);
+        self.read_once(first_block, buffer)
+    }
+
+    fn read_once(&self, first_block: u64, buffer: &mut [u8]) -> io::Result<ReadOutcome> {
+        let offset = self.geometry.content_offset() + first_block * BLOCK_BYTES as u64;
+        let count = self.file.read_at(buffer, offset)?;
+        if count < buffer.len() {
+            return Ok(ReadOutcome::Mismatch(first_block + (count / BLOCK_BYTES) as u64));
+        }
+        Ok(self.verify(first_block, buffer))
+    }
+
+    fn verify(&self, first_block: u64, buffer: &[u8]) -> ReadOutcome {
+        for (index, block) in buffer.chunks_exact(BLOCK_BYTES).enumerate() {
+            let block_index = first_block + index as u64;
+            if self.entry(block_index) != Some(block_tag(block)) {
+                return ReadOutcome::Mismatch(block_index);
+            }
+        }
+        ReadOutcome::Verified
+    }
+
+    fn entry(&self, block: u64) -> Option<u32> {
+        let piece = self.pieces[block as usize / PIECE_ENTRIES].get()?;
+        Some(piece[block as usize % PIECE_ENTRIES].load(Ordering::Relaxed))
+    }
+
+    /// Loads a piece of the table; the caller holds the lock.
+    fn load_piece(&self, index: usize) -> io::Result<&[AtomicU32]> {
+        if let Some(piece) = self.pieces[index].get() {
+            return Ok(piece);
+        }
+        let mut bytes = [0; BLOCK_BYTES];
+        let count = self.file.read_at(&mut bytes, self.geometry.table_offset() + (index * BLOCK_BYTES) as u64)?;
+        if count < bytes.len() {
+            // A file cut short: its header was checked, so this is damage. Entries that match nothing say so.
+            bytes[count..].fill(0xa5);
+        }
+        let piece = bytes
+            .chunks_exact(4)
+            .map(|entry| AtomicU32::new(u32::from_le_bytes([entry[0], entry[1], entry[2], entry[3]])))
+            .collect();
+        Ok(self.pieces[index].get_or_init(|| piece))
+    }
+
+    /// Writes `data` at `offset` of the content and the checksums with it. `Ok(false)`: a block that was covered only
+    /// in part was damaged, and still is.
+    pub fn write(&self, offset: u64, data: &[u8], base: Base) -> io::Result<bool> {
+        assert!(offset + data.len() as u64 <= self.geometry.size_bytes, "ranges are checked when a write is submitted");
+        if data.is_empty() {
+            return Ok(true);
+        }
+        let _guard = self.lock.lock().unwrap_or_else(PoisonError::into_inner);
+        self.writes.fetch_add(1, Ordering::AcqRel);
+        let result = self.write_locked(offset, data, base);
+        self.writes.fetch_add(1, Ordering::AcqRel);
+        result
+    }
+
+    /// As `write`, for a file that is being made: whole blocks of zeros over unwritten ones stay holes.
+    pub fn write_sparse(&self, offset: u64, data: &[u8]) -> io::Result<()> {
+        assert!(offset + data.len() as u64 <= self.geometry.size_bytes, "ranges are checked by the caller");
+        let mut at = 0;
+        while at < data.len() {
+            let block_end = |at: usize| {
+                let inside = (offset + at as u64) % BLOCK_BYTES as u64;
+                (at + BLOCK_BYTES - inside as usize).min(data.len())
+            };
+            let mut end = block_end(at);
+            if self.may_stay_hole(offset + at as u64, &data[at..end])? {
+                at = end;
+                continue;
+            }
+            while end < data.len() && !self.may_stay_hole(offset + end as u64, &data[end..block_end(end)])? {
+                end = block_end(end);
+            }
+            self.write(offset + at as u64, &data[at..end], Base::Checked)?;
+            at = end;
+        }
+        Ok(())
+    }
+
+    fn may_stay_hole(&self, offset: u64, part: &[u8]) -> io::Result<bool> {
+        if part.len() < BLOCK_BYTES || part.iter().any(|byte| *byte != 0) {
+            return Ok(false);
+        }
+        let block = (offset / BLOCK_BYTES as u64) as usize;
+        let _guard = self.lock.lock().unwrap_or_else(PoisonError::into_inner);
+        let piece = self.load_piece(block / PIECE_ENTRIES)?;
+        Ok(piece[block % PIECE_ENTRIES].load(Ordering::Relaxed) == 0)
+    }
+
+    /// Replaces the header of a file that is being made.
+    pub fn set_header(&self, header: &Header) -> io::Result<()> {
+        assert_eq!(header.size_bytes, self.geometry.size_bytes, "a header describes its file");
+        self.file.write_at(&[io::IoSlice::new(&header.encode())], 0)
+    }
+
+    fn write_locked(&self, offset: u64, data: &[u8], base: Base) -> io::Result<bool> {
+        let block_bytes = BLOCK_BYTES as u64;
+        let first = offset / block_bytes;
+        let skip = (offset % block_bytes) as usize;
+        let mut sound = true;
+        let mut tags = Vec::with_capacity(data.len() / BLOCK_BYTES + 2);
+        let mut head = None;
+        let mut rest = data;
+        if skip > 0 || data.len() < BLOCK_BYTES {
+            let (part, after) = data.split_at(data.len().min(BLOCK_BYTES - skip));
+            head = Some(self.merge(first, skip, part, base, &mut tags, &mut sound)?);
+            rest = after;
+        }
+        let (whole, part) = rest.split_at(rest.len() / BLOCK_BYTES * BLOCK_BYTES);
+        let whole_first = first + u64::from(head.is_some());
+        tags.extend(whole.chunks_exact(BLOCK_BYTES).map(block_tag));
+        let mut tail = None;
+        if !part.is_empty() {
+            let last = whole_first + (whole.len() / BLOCK_BYTES) as u64;
+            tail = Some(self.merge(last, 0, part, base, &mut tags, &mut sound)?);
+        }
+        let content = self.geometry.content_offset() + first * block_bytes;
+        if whole.len() >= PUNCH_BYTES_MIN && whole.iter().all(|byte| *byte == 0) {
+            if let Some(head) = &head {
+                self.file.write_at(&[io::IoSlice::new(&head[..])], content)?;
+            }
+            let whole_offset = self.geometry.content_offset() + whole_first * block_bytes;
+            self.file.punch_hole(whole_offset, whole.len() as u64)?;
+            if let Some(tail) = &tail {
+                self.file.write_at(&[io::IoSlice::new(&tail[..])], whole_offset + whole.len() as u64)?;
+            }
+        } else {
+            let parts = [
+                io::IoSlice::new(head.as_ref().map_or(&[], |block| &block[..])),
+                io::IoSlice::new(whole),
+                io::IoSlice::new(tail.as_ref().map_or(&[], |block| &block[..])),
+            ];
+            self.file.write_at(&parts, content)?;
+        }
+        self.write_tags(first, &tags)?;
+        Ok(sound)
+    }
+
+    /// A block's content with `part` laid over it at `skip`; its new tag goes to `tags`.
+    fn merge(
+        &self,
+        block: u64,
+        skip: usize,
+        part: &[u8],
+        base: Base,
+        tags: &mut Vec<u32>,
+        sound: &mut bool,
+    ) -> io::Result<Box<[u8; BLOCK_BYTES]>> {
+        let mut bytes = Box::new([0; BLOCK_BYTES]);
+        self.file.read_at(&mut bytes[..], self.geometry.content_offset() + block * BLOCK_BYTES as u64)?;
+        let expected = self.load_piece(block as usize / PIECE_ENTRIES)?[block as usize % PIECE_ENTRIES].load(Ordering::Relaxed);
+        let intact = base == Base::Replayed || expected == block_tag(&bytes[..]);
+        bytes[skip..skip + part.len()].copy_from_slice(part);
+        let tag = block_tag(&bytes[..]);
+        // A damaged block must not be blessed with a fresh checksum: a tag that cannot match keeps it damaged.
+        tags.push(if intact { tag } else { !tag });
+        *sound &= intact;
+        Ok(bytes)
+    }
+
+    fn write_tags(&self, first: u64, tags: &[u32]) -> io::Result<()> {
+        let bytes: Vec<u8> = tags.iter().flat_map(|tag| tag.to_le_bytes()).collect();
+        self.file.write_at(&[io::IoSlice::new(&bytes)], self.geometry.table_offset() + first * 4)?;
+        for (index, tag) in tags.iter().enumerate() {
+            let block = first as usize + index;
+            if let Some(piece) = self.pieces[block / PIECE_ENTRIES].get() {
+                piece[block % PIECE_ENTRIES].store(*tag, Ordering::Relaxed);
+            }
+        }
+        Ok(())
+    }
+
+    /// Runs of blocks that are not zeros, as byte ranges of the content.
+    pub fn extents(&self) -> io::Result<Vec<std::ops::Range<u64>>> {
+        let _guard = self.lock.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut extents: Vec<std::ops::Range<u64>> = Vec::new();
+        for block in 0..self.geometry.block_count() {
+            let piece = self.load_piece(block as usize / PIECE_ENTRIES)?;
+            if piece[block as usize % PIECE_ENTRIES].load(Ordering::Relaxed) == 0 {
+                continue;
+            }
+            let start = block * BLOCK_BYTES as u64;
+            let end = (start + BLOCK_BYTES as u64).min(self.geometry.size_bytes);
+            match extents.last_mut() {
+                Some(last) if last.end == start => last.end = end,
+                _ => extents.push(start..end),
+            }
+        }
+        Ok(extents)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::world::real_disk::RealFiles;
+
+    fn header(size_bytes: u64) -> Header {
+        Header { oid: 7, size_bytes, version: Version::default() }
+    }
+
+    #[test]
+    fn odd_ranges_read_back_and_verify() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("object");
+        let size = 300_001_u64;
+        let object = ObjectFile::create(&RealFiles, &path, &header(size)).unwrap();
+        let mut model = vec![0_u8; size as usize];
+        let ranges = [(0, 1), (4095, 2), (5, 8192), (300_000, 1), (12_288, 4096), (100_001, 150_000), (0, 300_001), (77, 0)];
+        for (index, (offset, length)) in ranges.into_iter().enumerate() {
+            let data: Vec<u8> = (0..length).map(|byte| (byte as u8).wrapping_mul(31) ^ index as u8).collect();
+            assert!(object.write(offset as u64, &data, Base::Checked).unwrap());
+            model[offset..offset + length].copy_from_slice(&data);
+            for object in [&object, &ObjectFile::open(&RealFiles, &path, 7, size).unwrap().unwrap()] {
+                let mut bytes = vec![0; round_up(size) as usize];
+                assert!(matches!(object.read(0, &mut bytes).unwrap(), ReadOutcome::Verified));
+                assert_eq!(bytes[..size as usize], model[..]);
+            }
+        }
+        let zeros = vec![0; 200_000];
+        assert!(object.write(50_000, &zeros, Base::Checked).unwrap());
+        let holes = object.extents().unwrap();
+        assert_eq!(holes, vec![0..53_248, 249_856..300_001]);
+    }
+
+    #[test]
+    fn a_damaged_block_stays_damaged_when_written_in_part_and_heals_when_written_whole() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("object");
+        let object = ObjectFile::create(&RealFiles, &path, &header(1 << 20)).unwrap();
+        object.write(8192, &[1; 4096], Base::Checked).unwrap();
+        let offset = object.geometry().content_offset() + 8192 + 100;
+        object.file.write_at(&[io::IoSlice::new(&[9])], offset).unwrap();
+        let mut block = vec![0; BLOCK_BYTES];
+        assert!(matches!(object.read(2, &mut block).unwrap(), ReadOutcome::Mismatch(2)));
+        assert!(!object.write(8192, &[5; 10], Base::Checked).unwrap());
+        assert!(matches!(object.read(2, &mut block).unwrap(), ReadOutcome::Mismatch(2)));
+        assert!(object.write(8192, &[5; 4096], Base::Checked).unwrap());
+        assert!(matches!(object.read(2, &mut block).unwrap(), ReadOutcome::Verified));
+    }
+
+    #[test]
+    fn a_foreign_or_damaged_header_is_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("object");
+        ObjectFile::create(&RealFiles, &path, &header(8192)).unwrap();
+        assert!(ObjectFile::open(&RealFiles, &path, 7, 8192).unwrap().is_some());
+        assert!(ObjectFile::open(&RealFiles, &path, 8, 8192).unwrap().is_none());
+        assert!(ObjectFile::open(&RealFiles, &path, 7, 4096).unwrap().is_none());
+        assert!(ObjectFile::open(&RealFiles, &dir.path().join("none"), 7, 8192).unwrap().is_none());
+        let good = header(8192).encode();
+        for bit in 0..(HEADER_BYTES + 4) * 8 {
+            let mut bad = good;
+            bad[bit / 8] ^= 1 << (bit % 8);
+            assert!(!Header::matches(&bad, 7, 8192), "bit {bit}");
+        }
+    }
+}

@@ -1,0 +1,281 @@
+//! Reads: newest submitted bytes, verified.
+//!
+//! Always holds:
+//! 1. What an object's file holds and what is not applied yet are looked at under one hold of the lock; every byte of
+//!    the answer is as new as that moment or newer.
+//! 2. No byte leaves whose block did not match its checksum.
+//! 3. An answer that is in memory (overlay, page cache) is given without leaving the caller's thread.
+
+use std::io;
+use std::sync::Arc;
+
+use bytes::Bytes;
+use qemu_proto::oid::Oid;
+
+use super::checksum::BLOCK_BYTES;
+use super::object_file::{ObjectFile, ReadOutcome};
+use super::record::Kind;
+use super::state::{Inner, Shared};
+use super::{ReadError, Store, hint};
+use crate::world::disk::{self, Files};
+
+/// Content hashed per disk job: long enough to be worth the hop, short enough to let others in.
+const HASH_BYTES: usize = 1 << 20;
+
+#[derive(Clone, Copy)]
+struct Range {
+    oid: u64,
+    offset: u64,
+    length: usize,
+}
+
+impl Range {
+    fn end(self) -> u64 {
+        self.offset + self.length as u64
+    }
+
+    fn first_block(self) -> u64 {
+        self.offset / BLOCK_BYTES as u64
+    }
+
+    /// Whole blocks around the range.
+    fn aligned_bytes(self) -> usize {
+        (self.end().div_ceil(BLOCK_BYTES as u64) - self.first_block()) as usize * BLOCK_BYTES
+    }
+}
+
+/// What lies under the unapplied changes.
+enum Under {
+    /// A created object that has no file yet.
+    Zeros,
+    /// Its open file.
+    Open(Arc<ObjectFile>),
+    /// Its file, which has to be opened: disk, size.
+    Closed(u8, u64),
+    /// A content that the applier has yet to make, with this record.
+    Unapplied(u64),
+}
+
+struct View {
+    under: Under,
+    /// Unapplied payloads that touch the range, oldest first.
+    patches: Vec<(u64, Bytes)>,
+}
+
+enum Attempt {
+    Done(Result<Bytes, ReadError>),
+    Wait(u64),
+    NotCached,
+}
+
+impl Inner {
+    fn view(&mut self, range: Range) -> Result<View, ReadError> {
+        let entry = self.entries.get(range.oid).ok_or(ReadError::Missing)?;
+        let inside = range.offset.checked_add(range.length as u64).is_some_and(|end| end <= entry.size_bytes());
+        if !inside {
+            return Err(ReadError::OutOfRange);
+        }
+        let mut patches = Vec::new();
+        let mut made = None;
+        for pending in self.overlay.get(&range.oid).into_iter().flatten() {
+            if pending.kind.replaces() || pending.kind == Kind::Remove {
+                made = Some((pending.kind, pending.number));
+                patches.clear();
+            }
+            let end = pending.offset + pending.data.len() as u64;
+            if !pending.data.is_empty() && pending.offset < range.end() && range.offset < end {
+                patches.push((pending.offset, pending.data.clone()));
+            }
+        }
+        let under = match made {
+            Some((Kind::Create, _)) => Under::Zeros,
+            Some((_, number)) => Under::Unapplied(number),
+            None => match self.handles.get(range.oid) {
+                Some(object) if object.geometry().size_bytes == entry.size_bytes() => Under::Open(object),
+                Some(_) => return Err(ReadError::Corrupt { block: None }),
+                None => Under::Closed(entry.disk(), entry.size_bytes()),
+            },
+        };
+        Ok(View { under, patches })
+    }
+}
+
+impl View {
+    /// The answer, if one unapplied payload is all of it.
+    fn from_last_patch(&self, range: Range) -> Option<Bytes> {
+        let (offset, data) = self.patches.last()?;
+        let covers = *offset <= range.offset && offset + data.len() as u64 >= range.end();
+        covers.then(|| data.slice((range.offset - offset) as usize..(range.end() - offset) as usize))
+    }
+
+    /// Lays the unapplied payloads over whole blocks and cuts the range out.
+    fn finish(&self, range: Range, mut blocks: Vec<u8>) -> Bytes {
+        let start = range.first_block() * BLOCK_BYTES as u64;
+        for (offset, data) in &self.patches {
+            let from = (*offset).max(range.offset);
+            let to = (offset + data.len() as u64).min(range.end());
+            blocks[(from - start) as usize..(to - start) as usize]
+                .copy_from_slice(&data[(from - offset) as usize..(to - offset) as usize]);
+        }
+        let skip = (range.offset - start) as usize;
+        Bytes::from(blocks).slice(skip..skip + range.length)
+    }
+}
+
+fn io_error(oid: u64, error: &io::Error) -> ReadError {
+    ReadError::Io { what: format!("object {oid:016x}: read: {error}{}", hint(error)).into() }
+}
+
+impl Shared {
+    fn read_inline(&self, range: Range) -> Attempt {
+        let view = match self.lock().view(range) {
+            Ok(view) => view,
+            Err(error) => return Attempt::Done(Err(error)),
+        };
+        if range.length == 0 {
+            return Attempt::Done(Ok(Bytes::new()));
+        }
+        if let Some(bytes) = view.from_last_patch(range) {
+            return Attempt::Done(Ok(bytes));
+        }
+        match &view.under {
+            Under::Zeros => Attempt::Done(Ok(view.finish(range, vec![0; range.aligned_bytes()]))),
+            Under::Unapplied(number) => Attempt::Wait(*number),
+            Under::Closed(..) => Attempt::NotCached,
+            Under::Open(object) => {
+                let mut blocks = vec![0; range.aligned_bytes()];
+                match object.read_cached(range.first_block(), &mut blocks) {
+                    Ok(ReadOutcome::Verified) => Attempt::Done(Ok(view.finish(range, blocks))),
+                    // A mismatch may be a write that is being applied just now; a disk thread can find out.
+                    _ => Attempt::NotCached,
+                }
+            }
+        }
+    }
+
+    fn read_blocking(&self, files: &dyn Files, range: Range) -> Attempt {
+        loop {
+            let view = match self.lock().view(range) {
+                Ok(view) => view,
+                Err(error) => return Attempt::Done(Err(error)),
+            };
+            if let Some(bytes) = view.from_last_patch(range) {
+                return Attempt::Done(Ok(bytes));
+            }
+            match &view.under {
+                Under::Zeros => return Attempt::Done(Ok(view.finish(range, vec![0; range.aligned_bytes()]))),
+                Under::Unapplied(number) => return Attempt::Wait(*number),
+                Under::Closed(disk, size_bytes) => match self.handle(files, range.oid, *disk, *size_bytes) {
+                    // Look again: only a file that was open at the moment of the view belongs to it.
+                    Ok(Some(_)) => {}
+                    Ok(None) if self.is_unchanged(range, &view) => {
+                        return Attempt::Done(Err(ReadError::Corrupt { block: None }));
+                    }
+                    Ok(None) => {}
+                    Err(error) => return Attempt::Done(Err(io_error(range.oid, &error))),
+                },
+                Under::Open(object) => {
+                    let mut blocks = vec![0; range.aligned_bytes()];
+                    match object.read(range.first_block(), &mut blocks) {
+                        Ok(ReadOutcome::Verified) => return Attempt::Done(Ok(view.finish(range, blocks))),
+                        Ok(ReadOutcome::Mismatch(_) | ReadOutcome::NotCached) if !self.is_unchanged(range, &view) => {}
+                        Ok(ReadOutcome::Mismatch(block)) => {
+                            return Attempt::Done(Err(ReadError::Corrupt { block: Some(block) }));
+                        }
+                        Ok(ReadOutcome::NotCached) => {}
+                        Err(error) => return Attempt::Done(Err(io_error(range.oid, &error))),
+                    }
+                }
+            }
+        }
+    }
+
+    /// Whether an object is still in the file that a view saw; if not, what was found wrong with it means nothing.
+    fn is_unchanged(&self, range: Range, view: &View) -> bool {
+        let Ok(now) = self.lock().view(range) else {
+            return false;
+        };
+        match (&view.under, &now.under) {
+            (Under::Open(before), Under::Open(now)) => Arc::ptr_eq(before, now),
+            (Under::Closed(..), Under::Closed(..)) => true,
+            _ => false,
+        }
+    }
+
+    async fn wait_applied(self: &Arc<Self>, number: u64) -> Result<(), ReadError> {
+        self.with(Inner::want_durable);
+        self.wait_until(|inner| inner.applied >= number || inner.failed.is_some()).await;
+        let inner = self.lock();
+        match &inner.failed {
+            Some(what) if inner.applied < number => Err(ReadError::Io { what: what.clone() }),
+            _ => Ok(()),
+        }
+    }
+}
+
+impl Store {
+    /// Bytes of an object as of the last submitted write.
+    pub async fn read(&self, oid: Oid, offset: u64, length: usize) -> Result<Bytes, ReadError> {
+        let range = Range { oid: oid.raw(), offset, length };
+        let mut attempt = self.shared.read_inline(range);
+        loop {
+            match attempt {
+                Attempt::Done(result) => return result,
+                Attempt::Wait(number) => self.shared.wait_applied(number).await?,
+                Attempt::NotCached => {}
+            }
+            let shared = self.shared.clone();
+            attempt = disk::run(&self.shared.world.disk, move |files| shared.read_blocking(files, range)).await;
+        }
+    }
+
+    /// As [`Store::read`], but only if the answer is in memory; `None` if a disk has to be asked or waited for.
+    pub fn read_now(&self, oid: Oid, offset: u64, length: usize) -> Option<Result<Bytes, ReadError>> {
+        match self.shared.read_inline(Range { oid: oid.raw(), offset, length }) {
+            Attempt::Done(result) => Some(result),
+            Attempt::Wait(_) | Attempt::NotCached => None,
+        }
+    }
+
+    /// BLAKE3 over a whole object. Meaningful only if nobody writes to it meanwhile: compare its version before and
+    /// after.
+    pub async fn hash(&self, oid: Oid) -> Result<blake3::Hash, ReadError> {
+        let size_bytes = self.entry(oid).ok_or(ReadError::Missing)?.size_bytes;
+        let mut hasher = blake3::Hasher::new();
+        let mut offset = 0;
+        while offset < size_bytes {
+            let length = (size_bytes - offset).min(HASH_BYTES as u64) as usize;
+            let bytes = self.read(oid, offset, length).await?;
+            hasher = disk::run(&self.shared.world.disk, move |_| {
+                hasher.update(&bytes);
+                hasher
+            })
+            .await;
+            offset += length as u64;
+        }
+        Ok(hasher.finalize())
+    }
+
+    /// The parts of an object that are not known to be zeros, as ascending byte ranges: what recovery has to send.
+    pub async fn content_extents(&self, oid: Oid) -> Result<Vec<std::ops::Range<u64>>, ReadError> {
+        loop {
+            let (entry, last) = {
+                let inner = self.shared.lock();
+                let entry = inner.entries.get(oid.raw()).ok_or(ReadError::Missing)?;
+                (entry, inner.overlay.get(&oid.raw()).and_then(|pending| pending.back()).map(|last| last.number))
+            };
+            if let Some(number) = last {
+                self.shared.wait_applied(number).await?;
+                continue;
+            }
+            let shared = self.shared.clone();
+            let (raw, disk, size) = (oid.raw(), entry.disk(), entry.size_bytes());
+            return disk::run(&self.shared.world.disk, move |files| {
+                let object = shared.handle(files, raw, disk, size).map_err(|error| io_error(raw, &error))?;
+                let object = object.ok_or(ReadError::Corrupt { block: None })?;
+                object.extents().map_err(|error| io_error(raw, &error))
+            })
+            .await;
+        }
+    }
+}

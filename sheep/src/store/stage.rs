@@ -1,0 +1,139 @@
+//! Whole objects from recovery: collected beside the journal, then put in place at once.
+//!
+//! Always holds:
+//! 1. Nothing of a staged object is visible before [`Staged::install`] succeeded; then all of it is.
+//! 2. The staged file is durable before the journal names it, so that a replay finds it or finds it in place.
+//!
+//! A crash before the install leaves a file that the next start removes.
+
+use std::io;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use bytes::Bytes;
+use qemu_proto::oid::Oid;
+use sheep_core::stamp::Version;
+
+use super::entries::Packed;
+use super::object_file::{Header, OBJECT_BYTES_MAX, ObjectFile};
+use super::record::{Kind, Record};
+use super::state::Shared;
+use super::submit::small;
+use super::{Store, StoreError, hint};
+use crate::world::disk;
+
+/// An object that is being collected. Dropping it without installing it removes what was collected.
+pub struct Staged {
+    shared: Arc<Shared>,
+    object: Option<Arc<ObjectFile>>,
+    path: PathBuf,
+    oid: u64,
+    size_bytes: u64,
+    disk: u8,
+    number: u64,
+}
+
+impl Store {
+    /// Begins to collect an object of zeros. May use the reserve.
+    pub async fn stage(&self, oid: Oid, size_bytes: u64) -> Result<Staged, StoreError> {
+        if size_bytes == 0 || size_bytes > OBJECT_BYTES_MAX {
+            return Err(StoreError::OutOfRange);
+        }
+        let oid = oid.raw();
+        let disk = {
+            let inner = self.shared.lock();
+            if let Some(error) = inner.stopped() {
+                return Err(error);
+            }
+            inner.entries.get(oid).map_or_else(|| self.shared.layout.disk_of_new(oid), Packed::disk)
+        };
+        let number = self.shared.world.rng.next_u64();
+        let path = self.shared.layout.object_incoming(disk, oid, number);
+        let mut staged =
+            Staged { shared: self.shared.clone(), object: None, path: path.clone(), oid, size_bytes, disk, number };
+        let header = Header { oid, size_bytes, version: Version::default() };
+        let made = disk::run(&self.shared.world.disk, move |files| ObjectFile::create(files, &path, &header)).await;
+        staged.object = Some(Arc::new(made.map_err(|error| staged.error(&error))?));
+        Ok(staged)
+    }
+}
+
+impl Staged {
+    fn error(&self, error: &io::Error) -> StoreError {
+        if error.kind() == io::ErrorKind::StorageFull {
+            return StoreError::NoSpace;
+        }
+        StoreError::Failed { what: format!("{}: write: {error}{}", self.path.display(), hint(error)).into() }
+    }
+
+    fn object(&self) -> Arc<ObjectFile> {
+        let object = self.object.clone();
+        object.expect("`stage` gives out only what has its file")
+    }
+
+    /// Lays bytes at an offset. Blocks of zeros that were not written before stay holes.
+    pub async fn write(&self, offset: u64, data: Bytes) -> Result<(), StoreError> {
+        if offset.checked_add(data.len() as u64).is_none_or(|end| end > self.size_bytes) {
+            return Err(StoreError::OutOfRange);
+        }
+        let object = self.object();
+        let written = disk::run(&self.shared.world.disk, move |_| object.write_sparse(offset, &data)).await;
+        written.map_err(|error| self.error(&error))
+    }
+
+    /// Puts the object in place, durably, under this version. Refused if the local copy is newer by now.
+    pub async fn install(mut self, version: Version) -> Result<(), StoreError> {
+        let object = self.object();
+        let header = Header { oid: self.oid, size_bytes: self.size_bytes, version };
+        let (shared, making) = (self.shared.clone(), self.shared.layout.making(self.disk));
+        let flushed = disk::run(&self.shared.world.disk, move |files| {
+            object.set_header(&header)?;
+            if !shared.config.sync {
+                return Ok(());
+            }
+            object.sync()?;
+            files.sync_dir(&making)
+        })
+        .await;
+        flushed.map_err(|error| self.error(&error))?;
+        let record = Record {
+            oid: self.oid,
+            version,
+            size_bytes: self.size_bytes,
+            disk: self.disk,
+            extra: self.number,
+            ..small(Kind::Install)
+        };
+        let ticket = self.shared.with(|inner| {
+            let before = inner.entries.get(self.oid);
+            if before.is_some_and(|entry| entry.version().stamp > version.stamp) {
+                return Err(StoreError::Superseded);
+            }
+            if before.is_some_and(|entry| entry.disk() != self.disk) {
+                // It was removed and made again on another disk meanwhile: the same as a newer copy.
+                return Err(StoreError::Superseded);
+            }
+            match inner.stopped() {
+                Some(error) => Err(error),
+                None => Ok(inner.push_small(record)),
+            }
+        })?;
+        // From here on the journal owns the file.
+        self.object = None;
+        ticket.await
+    }
+}
+
+impl Drop for Staged {
+    fn drop(&mut self) {
+        if self.object.take().is_none() {
+            return;
+        }
+        let path = self.path.clone();
+        self.shared.world.disk.spawn(Box::new(move |files| {
+            if let Err(error) = files.remove_file(&path) {
+                tracing::warn!("{}: remove: {error}; the next start removes it", path.display());
+            }
+        }));
+    }
+}

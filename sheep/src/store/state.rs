@@ -1,0 +1,440 @@
+//! What the parts of a store share: one short-held lock around plain data, and the rules that say which job is due.
+//!
+//! Always holds:
+//! 1. Nothing here does I/O or waits; every method runs under the lock and returns.
+//! 2. Records go through `queue` (submitted), `apply_queue` (durable), applied, checkpointed, in the order of their
+//!    numbers. `overlay` has exactly those that are submitted and not applied.
+//! 3. At most one job each commits, applies and checkpoints at any time.
+//! 4. Nothing that is done in some order takes that order from a hash: one seed decides everything in the simulator.
+//! 5. An object that was copied from changes only after a checkpoint that contains the copy (`pinned`): a replay can
+//!    thus always make the copy again from the same content.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::time::Duration;
+
+use sheep_core::member::NodeId;
+use sheep_core::stamp::Epoch;
+use tokio::sync::{oneshot, watch};
+
+use super::checkpoint::Checkpoint;
+use super::commit::Permit;
+use super::entries::{Entries, Packed};
+use super::handles::Handles;
+use super::index::Index;
+use super::journal::{Journal, Position};
+use super::layout::Layout;
+use super::record::{Kind, Record};
+use super::{OpenReport, StoreConfig, StoreError};
+use crate::world::World;
+use crate::world::disk::{FileLock, Space};
+
+/// Write-back records wait at most this long for a commit (design.md section 7).
+const WRITE_BACK_DELAY: Duration = Duration::from_secs(1);
+
+/// A record on its way.
+pub struct Queued {
+    /// Its place in the order of submissions.
+    pub number: u64,
+    /// What it does.
+    pub record: Record,
+    /// Journal space reserved for it.
+    pub cost: u64,
+    /// The object's entry afterwards.
+    pub result: Option<Packed>,
+}
+
+/// A durable record that waits for the applier.
+pub struct Committed {
+    /// The record.
+    pub queued: Queued,
+    /// On the last one of a batch: the position behind it.
+    pub batch_end: Option<Position>,
+}
+
+/// A submitted, unapplied change of an object, as reads see it.
+pub struct Pending {
+    /// Its record's number.
+    pub number: u64,
+    /// What it does.
+    pub kind: Kind,
+    /// Where its payload goes.
+    pub offset: u64,
+    /// Its payload.
+    pub data: bytes::Bytes,
+}
+
+/// Somebody who waits until a record is durable.
+pub type Waiter = oneshot::Sender<Result<(), StoreError>>;
+
+/// Free space as last seen, less what is on its way to the disks.
+#[derive(Default)]
+pub struct SpaceView {
+    /// Per disk.
+    pub disks: Vec<Space>,
+    /// Monotonic time of the last look.
+    pub seen_at: Duration,
+    /// Whether a look is under way.
+    pub refreshing: bool,
+    /// Bytes submitted and not applied.
+    pub in_flight_bytes: u64,
+    /// What writes leave free on every disk.
+    pub reserve_bytes: u64,
+}
+
+impl SpaceView {
+    /// Of all disks.
+    pub fn total_bytes(&self) -> u64 {
+        self.disks.iter().map(|space| space.total_bytes).sum()
+    }
+
+    /// Of all disks.
+    pub fn free_bytes(&self) -> u64 {
+        self.disks.iter().map(|space| space.free_bytes).sum()
+    }
+}
+
+/// The data under the lock.
+pub struct Inner {
+    /// Every object as of the last submission.
+    pub entries: Entries,
+    /// As of the last submission.
+    pub clean_through: Epoch,
+    /// Submitted and unapplied changes, by object.
+    pub overlay: HashMap<u64, VecDeque<Pending>>,
+    /// Open object files.
+    pub handles: Handles,
+    /// Counts replaced and removed files; a file opened by name is kept only if it did not change meanwhile.
+    pub replacements: u64,
+
+    /// Submitted, not durable.
+    pub queue: VecDeque<Queued>,
+    /// Payload bytes in `queue`.
+    pub queued_bytes: u64,
+    /// Number of the last submitted record.
+    pub submitted: u64,
+    /// Records up to this one are to be committed now.
+    pub wanted: u64,
+    /// Records up to this one are durable.
+    pub durable: u64,
+    /// Ascending by number.
+    pub waiters: VecDeque<(u64, Waiter)>,
+    /// A commit job runs.
+    pub committing: bool,
+    /// The next batch does not fit into the journal until a checkpoint has freed some of it.
+    pub commit_blocked: bool,
+    /// A timer for write-back records runs.
+    pub timer_armed: bool,
+
+    /// Size of the journal's ring.
+    pub ring_bytes: u64,
+    /// Where the next batch goes.
+    pub head: Position,
+    /// Space promised to permits and queued records.
+    pub reserved_bytes: u64,
+    /// Waiting for space in the journal, with what they will cost.
+    pub admissions: VecDeque<(u64, u64, oneshot::Sender<Permit>)>,
+
+    /// Durable, not applied.
+    pub apply_queue: VecDeque<Committed>,
+    /// Number of the last applied record.
+    pub applied: u64,
+    /// The first record that is not applied.
+    pub applied_tail: Position,
+    /// An apply job runs.
+    pub applying: bool,
+    /// The next record changes a pinned object.
+    pub apply_blocked: bool,
+
+    /// The first record that the index file does not contain.
+    pub checkpoint_tail: Position,
+    /// A checkpoint job runs.
+    pub checkpointing: bool,
+    /// Records up to this one are in the index file.
+    pub checkpointed: u64,
+    /// Records up to this one are to be checkpointed as soon as they are applied.
+    pub checkpoint_wanted: u64,
+    /// Entries that differ from the index file, as of the last applied record.
+    pub changed: BTreeMap<u64, Option<Packed>>,
+    /// Objects with unsynced content, and their disks.
+    pub dirty: BTreeMap<u64, u8>,
+    /// Disks whose directories have unsynced names.
+    pub renamed: BTreeSet<u8>,
+    /// As of the last applied record.
+    pub clean_applied: Epoch,
+    /// Removed objects whose files are still there, and their disks.
+    pub doomed: BTreeMap<u64, u8>,
+    /// Of those, the ones that a finished checkpoint has forgotten.
+    pub unlinkable: VecDeque<(u64, u8)>,
+    /// Sources of copies that are applied and not checkpointed.
+    pub pinned: BTreeSet<u64>,
+    /// Sources of copies that the running checkpoint contains.
+    pub pinned_running: BTreeSet<u64>,
+
+    /// See [`SpaceView`].
+    pub space: SpaceView,
+    /// Set once: what failed.
+    pub failed: Option<Arc<str>>,
+    /// [`super::Store::close`] was called.
+    pub closed: bool,
+
+    /// To be told outside of the lock.
+    pub notices: Vec<(Waiter, Result<(), StoreError>)>,
+    /// To be admitted outside of the lock: cost, bytes, who.
+    pub grants: Vec<(u64, u64, oneshot::Sender<Permit>)>,
+}
+
+/// What has to be started after the lock is released.
+#[derive(Default)]
+pub struct Due {
+    commit: bool,
+    apply: bool,
+    timer: bool,
+    checkpoint: Option<Box<Checkpoint>>,
+    notices: Vec<(Waiter, Result<(), StoreError>)>,
+    grants: Vec<(u64, u64, oneshot::Sender<Permit>)>,
+}
+
+impl Inner {
+    /// A store whose index file ends at `tail`.
+    pub fn new(entries: Entries, clean_through: Epoch, tail: Position, ring_bytes: u64) -> Inner {
+        Inner {
+            entries,
+            clean_through,
+            overlay: HashMap::new(),
+            handles: Handles::default(),
+            replacements: 0,
+            queue: VecDeque::new(),
+            queued_bytes: 0,
+            submitted: 0,
+            wanted: 0,
+            durable: 0,
+            waiters: VecDeque::new(),
+            committing: false,
+            commit_blocked: false,
+            timer_armed: false,
+            ring_bytes,
+            head: tail,
+            reserved_bytes: 0,
+            admissions: VecDeque::new(),
+            apply_queue: VecDeque::new(),
+            applied: 0,
+            applied_tail: tail,
+            applying: false,
+            apply_blocked: false,
+            checkpoint_tail: tail,
+            checkpointing: false,
+            checkpointed: 0,
+            checkpoint_wanted: 0,
+            changed: BTreeMap::new(),
+            dirty: BTreeMap::new(),
+            renamed: BTreeSet::new(),
+            clean_applied: clean_through,
+            doomed: BTreeMap::new(),
+            unlinkable: VecDeque::new(),
+            pinned: BTreeSet::new(),
+            pinned_running: BTreeSet::new(),
+            space: SpaceView::default(),
+            failed: None,
+            closed: false,
+            notices: Vec::new(),
+            grants: Vec::new(),
+        }
+    }
+
+    /// Bytes of the journal that hold records which are not checkpointed.
+    pub fn journal_used_bytes(&self) -> u64 {
+        self.head.offset - self.checkpoint_tail.offset
+    }
+
+    /// Why no change is taken, if so.
+    pub fn stopped(&self) -> Option<StoreError> {
+        if let Some(what) = &self.failed {
+            return Some(StoreError::Failed { what: what.clone() });
+        }
+        self.closed.then_some(StoreError::Closed)
+    }
+
+    /// Whether everything submitted is in the index file and nothing runs any more.
+    pub fn is_quiet(&self) -> bool {
+        self.applied == self.submitted
+            && self.checkpoint_tail == self.applied_tail
+            && self.unlinkable.is_empty()
+            && !(self.applying || self.committing || self.checkpointing)
+    }
+
+    /// Asks for the commit of everything submitted so far.
+    pub fn want_durable(&mut self) {
+        self.wanted = self.submitted;
+    }
+
+    /// Decides what has to be started now; the caller starts it.
+    fn due(&mut self) -> Due {
+        self.admit_waiting();
+        let mut due = Due {
+            notices: std::mem::take(&mut self.notices),
+            grants: std::mem::take(&mut self.grants),
+            ..Due::default()
+        };
+        if self.failed.is_some() {
+            return due;
+        }
+        if self.wanted > self.durable && !self.committing && !self.commit_blocked {
+            self.committing = true;
+            due.commit = true;
+        } else if !self.queue.is_empty() && !self.committing && !self.timer_armed {
+            self.timer_armed = true;
+            due.timer = true;
+        }
+        if !self.applying && !self.apply_blocked && !(self.apply_queue.is_empty() && self.unlinkable.is_empty()) {
+            self.applying = true;
+            due.apply = true;
+        }
+        if self.wants_checkpoint() {
+            due.checkpoint = Some(Box::new(self.capture()));
+        }
+        due
+    }
+
+    fn wants_checkpoint(&self) -> bool {
+        if self.checkpointing || self.applied_tail == self.checkpoint_tail {
+            return false;
+        }
+        let asked = self.checkpoint_wanted > self.checkpointed && self.applied >= self.checkpoint_wanted;
+        let pressed = asked || self.commit_blocked || self.apply_blocked || !self.admissions.is_empty();
+        pressed || self.journal_used_bytes() > self.ring_bytes / 2
+    }
+
+    fn admit_waiting(&mut self) {
+        while let Some((cost, _, _)) = self.admissions.front() {
+            let cost = *cost;
+            if self.failed.is_none() && !self.has_room(cost) {
+                // Write-back records hold space too; only a commit leads to their checkpoint.
+                self.want_durable();
+                break;
+            }
+            if let Some(admission) = self.admissions.pop_front() {
+                self.reserved_bytes += cost;
+                self.grants.push(admission);
+            }
+        }
+    }
+
+    /// Whether the journal has room for a record of this cost beside everything promised.
+    pub fn has_room(&self, cost: u64) -> bool {
+        let taken = self.journal_used_bytes() + self.reserved_bytes;
+        taken == 0 || taken + cost <= self.ring_bytes
+    }
+
+    /// Stops all changes; everybody who waits is told.
+    pub fn fail(&mut self, what: &str) {
+        if self.failed.is_some() {
+            return;
+        }
+        tracing::error!("{what}; this node takes no writes until it is restarted");
+        let what: Arc<str> = what.into();
+        let waiters = std::mem::take(&mut self.waiters);
+        let error = StoreError::Failed { what: what.clone() };
+        self.notices.extend(waiters.into_iter().map(|(_, waiter)| (waiter, Err(error.clone()))));
+        self.failed = Some(what);
+    }
+}
+
+/// A store's parts.
+pub struct Shared {
+    /// The doors.
+    pub world: World,
+    /// Where a task can be started from any thread.
+    pub runtime: tokio::runtime::Handle,
+    /// As given.
+    pub config: StoreConfig,
+    /// Where the files are.
+    pub layout: Layout,
+    /// Whose store it is.
+    pub node: NodeId,
+    /// What opening did.
+    pub report: OpenReport,
+    /// See [`Inner`].
+    pub inner: Mutex<Inner>,
+    /// Used by the commit job only.
+    pub journal: Mutex<Journal>,
+    /// Used by the checkpoint job only; `None` once closed.
+    pub index: Mutex<Option<Index>>,
+    /// Orders the writers of the cluster file; only disk threads wait for it.
+    pub state_file: Mutex<()>,
+    /// Changes whenever something may have become durable, applied or checkpointed.
+    pub progress: watch::Sender<()>,
+    /// Held while the store is open.
+    pub lock_file: Mutex<Option<Box<dyn FileLock>>>,
+}
+
+impl Shared {
+    /// The data. A thread that panicked while holding it stops the process anyway.
+    pub fn lock(&self) -> MutexGuard<'_, Inner> {
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Changes the data, then starts whatever became due.
+    pub fn with<T>(self: &Arc<Self>, change: impl FnOnce(&mut Inner) -> T) -> T {
+        let mut inner = self.lock();
+        let value = change(&mut inner);
+        let due = inner.due();
+        drop(inner);
+        self.start(due);
+        value
+    }
+
+    fn start(self: &Arc<Self>, due: Due) {
+        for (waiter, result) in due.notices {
+            // Whoever does not wait any more needs no answer.
+            let _ = waiter.send(result);
+        }
+        for (cost, bytes, waiter) in due.grants {
+            // A permit that nobody takes gives its space back when it is dropped here.
+            let _ = waiter.send(Permit::new(self, cost, bytes));
+        }
+        if due.commit {
+            let shared = self.clone();
+            self.world.disk.spawn(Box::new(move |_| shared.commit_queued()));
+        }
+        if due.apply {
+            let shared = self.clone();
+            self.world.disk.spawn(Box::new(move |files| shared.apply_committed(files)));
+        }
+        if let Some(checkpoint) = due.checkpoint {
+            let shared = self.clone();
+            self.world.disk.spawn(Box::new(move |files| shared.run_checkpoint(files, *checkpoint)));
+        }
+        if due.timer {
+            self.runtime.spawn(commit_later(Arc::downgrade(self), self.world.clock.sleep(WRITE_BACK_DELAY)));
+        }
+        if self.progress.receiver_count() > 0 {
+            self.progress.send_replace(());
+        }
+    }
+
+    /// Waits until `done` holds for the data.
+    pub async fn wait_until(&self, mut done: impl FnMut(&Inner) -> bool) {
+        let mut progress = self.progress.subscribe();
+        loop {
+            progress.mark_unchanged();
+            if done(&self.lock()) {
+                return;
+            }
+            if progress.changed().await.is_err() {
+                return;
+            }
+        }
+    }
+}
+
+/// Commits write-back records that nothing else made durable in the meantime.
+async fn commit_later(shared: Weak<Shared>, delay: impl Future<Output = ()>) {
+    delay.await;
+    if let Some(shared) = shared.upgrade() {
+        shared.with(|inner| {
+            inner.timer_armed = false;
+            inner.want_durable();
+        });
+    }
+}

@@ -1,0 +1,118 @@
+//! Connections over the machine's TCP and unix sockets.
+
+use std::io;
+use std::net::SocketAddr;
+use std::path::PathBuf;
+
+use rustix::net::{AddressFamily, SocketType, ipproto, sockopt};
+use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
+
+use super::net::{Connection, Endpoint, Listener, Net, NetFuture};
+
+/// Connections that wait for `accept`: as many as the kernel allows (listen(2) cuts it to net.core.somaxconn).
+const BACKLOG: i32 = 4096;
+
+/// The machine's network.
+pub struct RealNet;
+
+struct RealTcpListener {
+    listener: TcpListener,
+    local: SocketAddr,
+}
+
+struct RealUnixListener {
+    listener: UnixListener,
+    path: PathBuf,
+}
+
+impl Net for RealNet {
+    fn listen(&self, endpoint: &Endpoint) -> NetFuture<'_, Box<dyn Listener>> {
+        let endpoint = endpoint.clone();
+        Box::pin(async move {
+            match endpoint {
+                Endpoint::Tcp(address) => {
+                    let listener = listen_tcp(address)?;
+                    let local = listener.local_addr()?;
+                    Ok(Box::new(RealTcpListener { listener, local }) as Box<dyn Listener>)
+                }
+                Endpoint::Unix(path) => {
+                    // The store's lock file already says that no other sheep uses this directory: a socket that is
+                    // still there belongs to a process that is gone.
+                    match std::fs::remove_file(&path) {
+                        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+                        _ => {}
+                    }
+                    let listener = UnixListener::bind(&path)?;
+                    Ok(Box::new(RealUnixListener { listener, path }) as Box<dyn Listener>)
+                }
+            }
+        })
+    }
+
+    fn connect(&self, endpoint: &Endpoint) -> NetFuture<'_, Connection> {
+        let endpoint = endpoint.clone();
+        Box::pin(async move {
+            match &endpoint {
+                Endpoint::Tcp(address) => tcp_connection(TcpStream::connect(address).await?),
+                Endpoint::Unix(path) => Ok(unix_connection(UnixStream::connect(path).await?)),
+            }
+        })
+    }
+}
+
+/// A TCP listener that restarts at once on the port it had before (SO_REUSEADDR) and, on IPv6, leaves IPv4 alone.
+fn listen_tcp(address: SocketAddr) -> io::Result<TcpListener> {
+    let family = if address.is_ipv4() { AddressFamily::INET } else { AddressFamily::INET6 };
+    let socket = rustix::net::socket_with(
+        family,
+        SocketType::STREAM,
+        rustix::net::SocketFlags::CLOEXEC | rustix::net::SocketFlags::NONBLOCK,
+        Some(ipproto::TCP),
+    )?;
+    sockopt::set_socket_reuseaddr(&socket, true)?;
+    if address.is_ipv6() {
+        sockopt::set_ipv6_v6only(&socket, true)?;
+    }
+    rustix::net::bind(&socket, &address)?;
+    rustix::net::listen(&socket, BACKLOG)?;
+    TcpListener::from_std(std::net::TcpListener::from(socket))
+}
+
+fn tcp_connection(stream: TcpStream) -> io::Result<Connection> {
+    // Requests and answers are whole messages: waiting for more bytes to fill a segment only adds delay.
+    stream.set_nodelay(true)?;
+    let peer = stream.peer_addr()?.to_string();
+    let (reader, writer) = stream.into_split();
+    Ok(Connection { reader: Box::new(reader), writer: Box::new(writer), peer })
+}
+
+fn unix_connection(stream: UnixStream) -> Connection {
+    let (reader, writer) = stream.into_split();
+    Connection { reader: Box::new(reader), writer: Box::new(writer), peer: "unix socket".to_string() }
+}
+
+impl Listener for RealTcpListener {
+    fn accept(&self) -> NetFuture<'_, Connection> {
+        Box::pin(async move {
+            let (stream, _) = self.listener.accept().await?;
+            tcp_connection(stream)
+        })
+    }
+
+    fn local(&self) -> Endpoint {
+        Endpoint::Tcp(self.local)
+    }
+}
+
+impl Listener for RealUnixListener {
+    fn accept(&self) -> NetFuture<'_, Connection> {
+        Box::pin(async move {
+            let (stream, _) = self.listener.accept().await?;
+            Ok(unix_connection(stream))
+        })
+    }
+
+    fn local(&self) -> Endpoint {
+        Endpoint::Unix(self.path.clone())
+    }
+}

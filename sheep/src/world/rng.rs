@@ -1,0 +1,19 @@
+//! Randomness. The real source is the kernel's; the simulator's comes from its one seed.
+
+/// The randomness door.
+pub trait Rng: Send + Sync + 'static {
+    /// 64 random bits. Real ones are fit for identities (node ids, cluster ids).
+    fn next_u64(&self) -> u64;
+}
+
+/// The kernel's generator: getrandom(2).
+pub struct OsRng;
+
+impl Rng for OsRng {
+    fn next_u64(&self) -> u64 {
+        let mut bytes = [0_u8; 8];
+        // Up to 256 bytes come whole or not at all once the pool is up; before that the call waits (getrandom(2)).
+        while rustix::rand::getrandom(&mut bytes, rustix::rand::GetRandomFlags::empty()) != Ok(bytes.len()) {}
+        u64::from_le_bytes(bytes)
+    }
+}

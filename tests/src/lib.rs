@@ -1,0 +1,27 @@
+//! The harness that the suites share.
+//!
+//! | module | what it gives |
+//! |---|---|
+//! | [`spawn`] | real `sheep` processes, killed, restarted, and gone at the end |
+//! | [`command`] | other people's programs, with deadlines |
+//! | [`clients`] | the native protocol, byte by byte |
+//! | [`writer`] | a guest that remembers what it was promised |
+//! | [`qemu`] | QEMU's tools, of the release with the sheepdog driver and of this machine |
+//! | [`sectors`] | content that tells where it comes from |
+//! | [`loop_fs`] | file systems whose power can be cut |
+//! | [`tgt`] | an iSCSI target in front of a volume |
+//! | [`sim`] | disks that lose power, a clock that jumps, randomness from one seed |
+//! | [`golden`] | stored outputs |
+//! | [`source_scan`] | our own source text, for the tidy suite |
+
+pub mod clients;
+pub mod command;
+pub mod golden;
+pub mod loop_fs;
+pub mod qemu;
+pub mod sectors;
+pub mod sim;
+pub mod source_scan;
+pub mod spawn;
+pub mod tgt;
+pub mod writer;

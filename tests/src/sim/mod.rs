@@ -1,0 +1,121 @@
+//! The simulated world: disks that lose power, a clock that jumps, randomness from one seed.
+
+pub mod sim_disk;
+
+use std::future::Future;
+use std::io;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use sheep::world::World;
+use sheep::world::clock::{Clock, WallTime};
+use sheep::world::disk::Disk;
+use sheep::world::net::{Connection, Endpoint, Listener, Net, NetFuture};
+use sheep::world::rng::Rng;
+
+/// Bits that follow from a seed: SplitMix64.
+#[derive(Clone, Debug)]
+pub struct Random {
+    state: u64,
+}
+
+impl Random {
+    /// The sequence of a seed.
+    pub fn new(seed: u64) -> Random {
+        Random { state: seed }
+    }
+
+    /// The next 64 bits.
+    pub fn bits(&mut self) -> u64 {
+        self.state = self.state.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        mix(self.state)
+    }
+
+    /// A number below `limit`, which is not 0.
+    pub fn below(&mut self, limit: u64) -> u64 {
+        self.bits() % limit
+    }
+
+    /// True in one of `count` cases.
+    pub fn one_in(&mut self, count: u64) -> bool {
+        self.below(count) == 0
+    }
+}
+
+fn mix(state: u64) -> u64 {
+    let first = (state ^ (state >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    let second = (first ^ (first >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+    second ^ (second >> 31)
+}
+
+/// The runtime's clock, which a paused runtime moves on by itself whenever all tasks wait.
+pub struct SimClock {
+    start: tokio::time::Instant,
+}
+
+impl SimClock {
+    /// A clock whose zero is now.
+    pub fn new() -> SimClock {
+        SimClock { start: tokio::time::Instant::now() }
+    }
+}
+
+impl Default for SimClock {
+    fn default() -> Self {
+        SimClock::new()
+    }
+}
+
+impl Clock for SimClock {
+    fn monotonic(&self) -> Duration {
+        self.start.elapsed()
+    }
+
+    fn wall(&self) -> WallTime {
+        let since = self.monotonic();
+        WallTime { seconds: 1_700_000_000 + since.as_secs(), nanoseconds: since.subsec_nanos() }
+    }
+
+    fn sleep(&self, duration: Duration) -> Pin<Box<dyn Future<Output = ()> + Send>> {
+        Box::pin(tokio::time::sleep(duration))
+    }
+}
+
+/// Random bits of a seed.
+pub struct SimRng {
+    state: AtomicU64,
+}
+
+impl SimRng {
+    /// The sequence of a seed.
+    pub fn new(seed: u64) -> SimRng {
+        SimRng { state: AtomicU64::new(seed) }
+    }
+}
+
+impl Rng for SimRng {
+    fn next_u64(&self) -> u64 {
+        let step = 0x9e37_79b9_7f4a_7c15;
+        mix(self.state.fetch_add(step, Ordering::Relaxed).wrapping_add(step))
+    }
+}
+
+/// A machine without a network.
+pub struct NoNet;
+
+impl Net for NoNet {
+    fn listen(&self, _: &Endpoint) -> NetFuture<'_, Box<dyn Listener>> {
+        Box::pin(async { Err(io::ErrorKind::NetworkUnreachable.into()) })
+    }
+
+    fn connect(&self, _: &Endpoint) -> NetFuture<'_, Connection> {
+        Box::pin(async { Err(io::ErrorKind::NetworkUnreachable.into()) })
+    }
+}
+
+/// A world of one machine without a network. Call it inside a runtime, best a paused one.
+pub fn lone_world(disk: Arc<dyn Disk>, seed: u64) -> World {
+    World { clock: Arc::new(SimClock::new()), disk, net: Arc::new(NoNet), rng: Arc::new(SimRng::new(seed)) }
+}
