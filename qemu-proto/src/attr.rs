@@ -1,6 +1,6 @@
 //! VDI attributes: a key and a value attached to a volume (protocol.md section 4.5).
 
-use crate::bytes::{array, put, until_nul, u32_at, u64_at};
+use crate::bytes::{array, put, u32_at, u64_at, until_nul};
 use crate::oid::{Oid, VdiId, hash_name_64};
 
 /// Bytes of a record, and of an attribute object.

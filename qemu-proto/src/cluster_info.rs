@@ -224,7 +224,8 @@ mod tests {
 
     #[test]
     fn cluster_info_survives_and_short_ones_are_refused() {
-        let info = ClusterInfo { epoch: 4, ctime: 9, status: 1, nodes: vec![node(1), node(2)], ..ClusterInfo::default() };
+        let info =
+            ClusterInfo { epoch: 4, ctime: 9, status: 1, nodes: vec![node(1), node(2)], ..ClusterInfo::default() };
         let bytes = info.encode();
         assert_eq!(bytes.len(), 491_568);
         assert_eq!(ClusterInfo::decode(&bytes), Ok(info));
@@ -247,7 +248,14 @@ mod tests {
 
     #[test]
     fn vdi_states_survive() {
-        let entry = VdiStateEntry { vid: 7, nr_copies: 3, snapshot: 1, parent_vid: 6, lock_state: 1, ..VdiStateEntry::default() };
+        let entry = VdiStateEntry {
+            vid: 7,
+            nr_copies: 3,
+            snapshot: 1,
+            parent_vid: 6,
+            lock_state: 1,
+            ..VdiStateEntry::default()
+        };
         let bytes = entry.encode();
         assert_eq!(VdiStateEntry::decode_all(&bytes).collect::<Vec<_>>(), [entry]);
     }

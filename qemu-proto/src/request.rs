@@ -222,8 +222,17 @@ impl RequestBody {
         use Opcode as O;
         match Opcode::from_code(opcode) {
             Some(
-                O::CreateAndWriteObj | O::ReadObj | O::WriteObj | O::RemoveObj | O::DiscardObj | O::FlushVdi
-                | O::CreateAndWritePeer | O::ReadPeer | O::GetHash | O::Exist | O::CheckObject,
+                O::CreateAndWriteObj
+                | O::ReadObj
+                | O::WriteObj
+                | O::RemoveObj
+                | O::DiscardObj
+                | O::FlushVdi
+                | O::CreateAndWritePeer
+                | O::ReadPeer
+                | O::GetHash
+                | O::Exist
+                | O::CheckObject,
             ) => RequestBody::Object(ObjectRequest {
                 oid: Oid::from_raw(u64_at(bytes, 0)),
                 cow_oid: Oid::from_raw(u64_at(bytes, 8)),

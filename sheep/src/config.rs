@@ -95,9 +95,12 @@ fn definition() -> Command {
         .disable_help_flag(true)
         .infer_long_args(true)
         .args_override_self(true)
-        .arg(Arg::new("path").value_name("PATH[,DISK]...").num_args(0..).help(
-            "store directory and, after commas, further directories that hold the objects [default: /tmp]",
-        ))
+        .arg(
+            Arg::new("path")
+                .value_name("PATH[,DISK]...")
+                .num_args(0..)
+                .help("store directory and, after commas, further directories that hold the objects [default: /tmp]"),
+        )
         .arg(value('b', "bindaddr", "ADDRESS", "listen on this address only [default: all interfaces]"))
         .arg(value('c', "cluster", "DRIVER", "how nodes find each other: local[:DIRECTORY] (nodes of one machine)"))
         .arg(flag('f', "foreground", "stay in the foreground"))
@@ -115,7 +118,12 @@ fn definition() -> Command {
         .arg(value('P', "pidfile", "FILE", "keep the process id in this file"))
         .arg(flag('v', "version", "show the version and exit"))
         .arg(value('y', "myaddr", "ADDRESS", "the address that others are told [default: 127.0.0.1 with local]"))
-        .arg(value('z', "zone", "ZONE", "fault domain: no two copies of an object share one [default: from the address]"))
+        .arg(value(
+            'z',
+            "zone",
+            "ZONE",
+            "fault domain: no two copies of an object share one [default: from the address]",
+        ))
         .after_help(
             "Examples:\n  sheep /data                                   a node, in the background\n  \
              sheep -f -l dst=stdout /data                  the same, in sight\n  \
@@ -228,8 +236,7 @@ fn parse_my_address(text: Option<&str>) -> Result<IpAddr, Usage> {
 }
 
 fn parse_zone(text: &str) -> Result<u32, Usage> {
-    text.parse()
-        .map_err(|_| Usage(format!("Invalid zone id '{text}': must be an integer between 0 and {}", u32::MAX)))
+    text.parse().map_err(|_| Usage(format!("Invalid zone id '{text}': must be an integer between 0 and {}", u32::MAX)))
 }
 
 /// The last four bytes of the address, as the ancestor took them.
@@ -272,10 +279,7 @@ fn parse_journal(text: Option<&str>) -> Result<Journal, Usage> {
             Some(("size", size)) => {
                 journal.bytes = parse_size(size).map_err(|_| Usage(format!("invalid size {size}")))?;
                 if journal.bytes < JOURNAL_BYTES_MIN {
-                    return Err(Usage(format!(
-                        "invalid size {size}, must be at least {}(M)",
-                        JOURNAL_BYTES_MIN >> 20
-                    )));
+                    return Err(Usage(format!("invalid size {size}, must be at least {}(M)", JOURNAL_BYTES_MIN >> 20)));
                 }
             }
             Some(("dir", dir)) => journal.dir = Some(absolute(dir)?),

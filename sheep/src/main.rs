@@ -160,8 +160,9 @@ impl PidFile {
             .mode(0o600)
             .open(path)
             .map_err(|error| anyhow::anyhow!("cannot write the pid file {shown}: {error}"))?;
-        rustix::fs::flock(&file, rustix::fs::FlockOperation::NonBlockingLockExclusive)
-            .map_err(|_| anyhow::anyhow!("the pid file {shown} belongs to a sheep that runs; stop it, or choose another"))?;
+        rustix::fs::flock(&file, rustix::fs::FlockOperation::NonBlockingLockExclusive).map_err(|_| {
+            anyhow::anyhow!("the pid file {shown} belongs to a sheep that runs; stop it, or choose another")
+        })?;
         file.set_len(0)?;
         writeln!(file, "{}", std::process::id())?;
         Ok(PidFile { path: path.to_path_buf(), _file: file })

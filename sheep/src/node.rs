@@ -60,9 +60,8 @@ impl Node {
         let member = describe(config, &store, peers.as_ref());
         tracing::info!("node {} ({}:{}) is going to join the cluster", member.id, config.my_address, config.port);
         let ClusterDriver::Local(directory) = &config.cluster;
-        let cluster = local::join(&world, directory.clone(), member, remembered)
-            .await
-            .context("failed to join Sheepdog")?;
+        let cluster =
+            local::join(&world, directory.clone(), member, remembered).await.context("failed to join Sheepdog")?;
         let kept = (!config.gateway).then(|| store.clone());
         let data = Data::new(world.clone(), cluster.clone(), kept);
         view_change::start(&data, peers);
@@ -108,10 +107,10 @@ impl Node {
         if !shutting_down {
             self.cluster.leave().await;
         }
-        if let Some(store) = self.store.take() {
-            if let Err(error) = store.close().await {
-                tracing::error!("the store was not closed in order ({error}): the next start replays its journal");
-            }
+        if let Some(store) = self.store.take()
+            && let Err(error) = store.close().await
+        {
+            tracing::error!("the store was not closed in order ({error}): the next start replays its journal");
         }
         let _ = std::fs::remove_file(&self.socket);
     }

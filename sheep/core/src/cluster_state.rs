@@ -19,9 +19,9 @@ use serde::{Deserialize, Serialize};
 use crate::command::{Command, NewVdi, Outcome, Refusal, VdiEdit};
 use crate::copy_policy::COPIES_MAX;
 use crate::member::{Member, NodeId};
+use crate::ring::{ReferenceWeight, RingMember};
 use crate::stamp::Epoch;
 use crate::vdi::Vdi;
-use crate::ring::{ReferenceWeight, RingMember};
 use crate::vdi_name::{self, Candidate, LookupError, Run, Target};
 
 /// Epochs older than the last clean one are kept only to be shown (`dog cluster info`), this many of them: a year of
@@ -345,6 +345,7 @@ impl ClusterState {
 
     /// The state that a node puts into an order that has nothing yet: what it remembered, waiting for the members of the
     /// last epoch that it knows of, because they may have gone on without it.
+    #[must_use]
     pub fn restarted(mut self) -> ClusterState {
         if self.phase == Phase::Unformatted {
             self.members.clear();
@@ -423,9 +424,7 @@ impl ClusterState {
     fn require_drained(&self, vdi: VdiId, drained: Option<(NodeId, u32)>) -> Result<(), Refusal> {
         let lease = self.leases.get(&vdi.get());
         match (lease, drained) {
-            (Some(lease), Some((node, generation)))
-                if lease.holder == Some(node) && lease.generation == generation =>
-            {
+            (Some(lease), Some((node, generation))) if lease.holder == Some(node) && lease.generation == generation => {
                 Ok(())
             }
             _ => Err(Refusal::LeaseLost),

@@ -29,13 +29,29 @@ pub enum Command {
     /// Deletes a working VDI or a snapshot.
     DeleteVdi { name: Vec<u8>, tag: Vec<u8>, snapshot_id: u32 },
     /// Changes the header fields that clients may change.
-    EditVdi { #[serde(with = "ids::vdi_id")] vdi: VdiId, edit: VdiEdit },
+    EditVdi {
+        #[serde(with = "ids::vdi_id")]
+        vdi: VdiId,
+        edit: VdiEdit,
+    },
     /// The deleted VDI's objects that nothing refers to are gone from every holder.
-    Reclaimed { #[serde(with = "ids::vdi_id")] vdi: VdiId },
+    Reclaimed {
+        #[serde(with = "ids::vdi_id")]
+        vdi: VdiId,
+    },
     /// Takes the writer lease, if it is free or its holder is no member.
-    AcquireLease { #[serde(with = "ids::vdi_id")] vdi: VdiId, node: NodeId },
+    AcquireLease {
+        #[serde(with = "ids::vdi_id")]
+        vdi: VdiId,
+        node: NodeId,
+    },
     /// Gives a drained lease back.
-    ReleaseLease { #[serde(with = "ids::vdi_id")] vdi: VdiId, node: NodeId, generation: u32 },
+    ReleaseLease {
+        #[serde(with = "ids::vdi_id")]
+        vdi: VdiId,
+        node: NodeId,
+        generation: u32,
+    },
     /// Every node stops after this; the next start goes on from here.
     Shutdown,
     /// The operator says that the members that are missing will not come back, or not with anything newer.

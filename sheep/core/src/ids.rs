@@ -22,7 +22,6 @@ pub mod vdi_id_option {
     use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
     /// The number, or nothing.
-    #[expect(clippy::ref_option, reason = "the signature is serde's")]
     pub fn serialize<S: Serializer>(id: &Option<VdiId>, serializer: S) -> Result<S::Ok, S::Error> {
         id.map(VdiId::get).serialize(serializer)
     }

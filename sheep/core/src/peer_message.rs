@@ -72,8 +72,19 @@ impl PeerKind {
     fn from_code(code: u8) -> Option<PeerKind> {
         use PeerKind as K;
         [
-            K::Hello, K::Write, K::Read, K::Remove, K::Flush, K::Settled, K::List, K::Query, K::Fetch, K::YieldLease,
-            K::Hash, K::Repair, K::Report,
+            K::Hello,
+            K::Write,
+            K::Read,
+            K::Remove,
+            K::Flush,
+            K::Settled,
+            K::List,
+            K::Query,
+            K::Fetch,
+            K::YieldLease,
+            K::Hash,
+            K::Repair,
+            K::Report,
         ]
         .into_iter()
         .find(|kind| *kind as u8 == code)
@@ -152,8 +163,17 @@ impl Verdict {
     fn from_code(code: u8) -> Option<Verdict> {
         use Verdict as V;
         [
-            V::Ok, V::OldEpoch, V::Fenced, V::Missing, V::NotCurrent, V::Corrupt, V::NoSpace, V::Invalid, V::Failed,
-            V::Stranger, V::Busy,
+            V::Ok,
+            V::OldEpoch,
+            V::Fenced,
+            V::Missing,
+            V::NotCurrent,
+            V::Corrupt,
+            V::NoSpace,
+            V::Invalid,
+            V::Failed,
+            V::Stranger,
+            V::Busy,
         ]
         .into_iter()
         .find(|verdict| *verdict as u8 == code)

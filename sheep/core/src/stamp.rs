@@ -14,6 +14,7 @@ pub struct Epoch(pub u32);
 
 impl Epoch {
     /// The epoch that the next change of members makes.
+    #[must_use]
     pub const fn next(self) -> Epoch {
         Epoch(self.0 + 1)
     }

@@ -52,7 +52,7 @@ pub async fn join(
     let (log, state) = {
         let (directory, member) = (directory.clone(), member.clone());
         let time = world.clock.wall().to_wire();
-        disk::run(&world.disk, move |files| begin(files, directory, &member, remembered, time)).await?
+        disk::run(&world.disk, move |files| begin(files, &directory, &member, remembered, time)).await?
     };
     let (sender, receiver) = watch::channel(Arc::new(state));
     let node = member.id;
@@ -68,7 +68,11 @@ pub async fn join(
     Ok(Cluster::new(node, Arc::new(local), receiver))
 }
 
-async fn take_own_lock(world: &World, directory: &std::path::Path, node: NodeId) -> Result<Box<dyn FileLock>, OrderError> {
+async fn take_own_lock(
+    world: &World,
+    directory: &std::path::Path,
+    node: NodeId,
+) -> Result<Box<dyn FileLock>, OrderError> {
     let deadline = world.clock.monotonic() + OWN_LOCK_PATIENCE;
     loop {
         let alive = directory.join("alive");
@@ -91,12 +95,12 @@ async fn take_own_lock(world: &World, directory: &std::path::Path, node: NodeId)
 /// Reads the log, brings what the node remembers if the log knows less, and joins.
 fn begin(
     files: &dyn Files,
-    directory: PathBuf,
+    directory: &std::path::Path,
     member: &Member,
     remembered: Option<ClusterState>,
     time: u64,
 ) -> Result<(OrderLog, ClusterState), OrderError> {
-    let mut log = OrderLog::open(files, &directory)?;
+    let mut log = OrderLog::open(files, directory)?;
     let lock = log.lock(files)?;
     log.catch_up(files)?;
     if let Some(remembered) = remembered.filter(|state| state.cluster_id != 0) {
@@ -114,7 +118,7 @@ fn begin(
         let state = log.state.clone().restarted();
         log.append_snapshot(files, &lock, state)?;
     }
-    evict_dead(files, &directory, &mut log, &lock, member.id, time)?;
+    evict_dead(files, directory, &mut log, &lock, member.id, time)?;
     log.append(files, &lock, Command::Join { member: member.clone(), time })?;
     let state = log.state.clone();
     Ok((log, state))

@@ -11,9 +11,9 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use serde::{Deserialize, Serialize};
 use sheep_core::cluster_state::ClusterState;
 use sheep_core::command::{Command, Outcome};
-use serde::{Deserialize, Serialize};
 
 use super::driver::OrderError;
 use crate::world::disk::{File, FileLock, Files, OpenMode};

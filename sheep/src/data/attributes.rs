@@ -45,7 +45,7 @@ pub async fn attribute(
 ) -> Result<AttributeResult, VolumeError> {
     let tag_end = record.tag.iter().position(|byte| *byte == 0).unwrap_or(record.tag.len());
     let tag = record.tag[..tag_end].to_vec();
-    let vdi = lookup(data, &record.name().to_vec(), Target::new(&tag, record.snap_id)).await?;
+    let vdi = lookup(data, record.name(), Target::new(&tag, record.snap_id)).await?;
     record.ctime = data.view().state.vdis.get(&vdi.id.get()).map_or(0, |vdi| vdi.create_time);
     let (space, first) = record.id();
     let mut free = None;

@@ -18,9 +18,7 @@ use bytes::Bytes;
 use qemu_proto::oid::{Oid, VdiId};
 use sheep_core::cluster_state::ClusterState;
 use sheep_core::member::NodeId;
-use sheep_core::peer_message::{
-    FLAG_COPY, FLAG_CREATE, FLAG_DURABLE, FLAG_FOREIGN, PeerKind, PeerRequest, Verdict,
-};
+use sheep_core::peer_message::{FLAG_COPY, FLAG_CREATE, FLAG_DURABLE, FLAG_FOREIGN, PeerKind, PeerRequest, Verdict};
 use sheep_core::stamp::{Epoch, Stamp, Version};
 use tokio::sync::{Notify, oneshot};
 
@@ -160,11 +158,13 @@ impl Holder {
             self.changed.notify_waiters();
             return false;
         }
-        assert!(view.epoch() > before || view.state.cluster_id != state.view.state.cluster_id, "epochs only go forward");
+        assert!(
+            view.epoch() > before || view.state.cluster_id != state.view.state.cluster_id,
+            "epochs only go forward"
+        );
         let previous = Epoch(view.epoch().get().saturating_sub(1));
         let in_since = view.state.members.get(&self.node).map(|member| member.since);
-        state.continued =
-            in_since.is_some_and(|since| since <= previous) && self.store.clean_through() == previous;
+        state.continued = in_since.is_some_and(|since| since <= previous) && self.store.clean_through() == previous;
         if !state.continued {
             state.suspects.clear();
         }
@@ -228,8 +228,7 @@ impl Holder {
     /// Tries the writes again that found no space.
     pub fn retry_parked(&self) {
         let mut state = self.state();
-        let ready: Vec<Oid> =
-            state.parked.keys().copied().filter(|oid| is_current(&state, self.node, *oid)).collect();
+        let ready: Vec<Oid> = state.parked.keys().copied().filter(|oid| is_current(&state, self.node, *oid)).collect();
         for oid in ready {
             self.unpark(&mut state, oid);
         }
@@ -303,7 +302,7 @@ impl Holder {
     /// object that must be brought up to date first (the write is parked behind it).
     pub fn write(&self, request: &PeerRequest, data: Bytes, permit: Permit) -> (Pending, Option<Oid>) {
         let mut state = self.state();
-        if let Some(verdict) = self.refuse(&mut state, request) {
+        if let Some(verdict) = Self::refuse(&mut state, request) {
             return (Pending::Now(verdict), None);
         }
         let waits_for = self.waits_for(&state, request);
@@ -343,7 +342,7 @@ impl Holder {
         sources.filter(|source| !is_current(&state, self.node, *source)).collect()
     }
 
-    fn refuse(&self, state: &mut State, request: &PeerRequest) -> Option<Verdict> {
+    fn refuse(state: &mut State, request: &PeerRequest) -> Option<Verdict> {
         if request.epoch != state.view.epoch() {
             return Some(Verdict::OldEpoch);
         }
@@ -374,14 +373,7 @@ impl Holder {
             WriteKind::Overwrite
         };
         let durability = if request.has(FLAG_DURABLE) { Durability::Durable } else { Durability::WriteBack };
-        let write = Write {
-            oid: request.oid,
-            version,
-            offset: request.offset,
-            data,
-            kind,
-            durability,
-        };
+        let write = Write { oid: request.oid, version, offset: request.offset, data, kind, durability };
         match self.store.submit(permit, write) {
             Ok(ticket) => {
                 if let Some(marks) = state.marks.get_mut(&request.oid.vid())
@@ -411,7 +403,10 @@ impl Holder {
     pub async fn read(&self, request: &PeerRequest) -> Result<Bytes, Verdict> {
         self.await_settled(request).await?;
         self.check_current(request)?;
-        self.store.read(request.oid, request.offset, request.length as usize).await.map_err(|e| self.read_failed(request.oid, &e))
+        self.store
+            .read(request.oid, request.offset, request.length as usize)
+            .await
+            .map_err(|e| Self::read_failed(request.oid, &e))
     }
 
     /// As `read`, if that needs no waiting at all.
@@ -423,7 +418,7 @@ impl Holder {
             }
         }
         let read = self.store.read_now(request.oid, request.offset, request.length as usize)?;
-        Some(read.map_err(|error| self.read_failed(request.oid, &error)))
+        Some(read.map_err(|error| Self::read_failed(request.oid, &error)))
     }
 
     fn check_current(&self, request: &PeerRequest) -> Result<(), Verdict> {
@@ -451,7 +446,7 @@ impl Holder {
         }
     }
 
-    fn read_failed(&self, oid: Oid, error: &ReadError) -> Verdict {
+    fn read_failed(oid: Oid, error: &ReadError) -> Verdict {
         match error {
             ReadError::Missing => Verdict::Missing,
             ReadError::OutOfRange => Verdict::Invalid,
@@ -488,10 +483,7 @@ fn is_current(state: &State, node: NodeId, oid: Oid) -> bool {
         return false;
     }
     let previous = Epoch(state.view.epoch().get() - 1);
-    state
-        .view
-        .locate(oid)
-        .is_some_and(|at| state.view.history.held(node, previous, at.key, at.copies))
+    state.view.locate(oid).is_some_and(|at| state.view.history.held(node, previous, at.key, at.copies))
 }
 
 fn unsettled(state: &State, request: &PeerRequest) -> bool {

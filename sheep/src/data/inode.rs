@@ -189,13 +189,7 @@ async fn write_header(data: &Data, id: VdiId, offset: u64, part: &[u8]) -> Resul
     }
 }
 
-async fn write_map(
-    data: &Data,
-    id: VdiId,
-    offset: u64,
-    payload: Bytes,
-    writer: InodeWriter,
-) -> Result<(), InodeError> {
+async fn write_map(data: &Data, id: VdiId, offset: u64, payload: Bytes, writer: InodeWriter) -> Result<(), InodeError> {
     let turn = data.inode_turns().turn(Oid::inode(id));
     let _one_at_a_time = turn.lock().await;
     let vdi = data.view().state.live_vdi(id).cloned().ok_or(InodeError::Missing)?;

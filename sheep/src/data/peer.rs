@@ -6,9 +6,7 @@
 use std::sync::Arc;
 
 use bytes::Bytes;
-use sheep_core::peer_message::{
-    FLAG_WAIT, HEADER_BYTES, ListEntry, PeerAnswer, PeerKind, PeerRequest, Verdict,
-};
+use sheep_core::peer_message::{FLAG_WAIT, HEADER_BYTES, ListEntry, PeerAnswer, PeerKind, PeerRequest, Verdict};
 use sheep_core::stamp::Epoch;
 
 use super::Data;

@@ -41,7 +41,9 @@ async fn follow(data: Data) {
 
 async fn enter(data: &Data, state: Arc<ClusterState>) {
     let previous = data.view();
-    if previous.state.applied == state.applied && previous.state.epoch == state.epoch && previous.state.phase == state.phase
+    if previous.state.applied == state.applied
+        && previous.state.epoch == state.epoch
+        && previous.state.phase == state.phase
     {
         return;
     }
@@ -135,7 +137,11 @@ async fn watch_space(data: Data) {
         let view = data.view();
         for node in view.state.members.keys() {
             if let Some(link) = data.links().get(*node).filter(|link| link.is_nearly_full()) {
-                link.send(PeerRequest::new(PeerKind::Report, view.epoch(), data.node()), Bytes::new(), Box::new(|_| {}));
+                link.send(
+                    PeerRequest::new(PeerKind::Report, view.epoch(), data.node()),
+                    Bytes::new(),
+                    Box::new(|_| {}),
+                );
             }
         }
     }

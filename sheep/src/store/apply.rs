@@ -53,7 +53,8 @@ impl Inner {
 
     /// Whether a record has to wait for a checkpoint: see `state`, invariant 5.
     pub fn is_pinned(&self, record: &Record) -> bool {
-        record.kind.changes_content() && (self.pinned.contains(&record.oid) || self.pinned_running.contains(&record.oid))
+        record.kind.changes_content()
+            && (self.pinned.contains(&record.oid) || self.pinned_running.contains(&record.oid))
     }
 
     /// Notes that a record is applied.
@@ -151,7 +152,9 @@ impl Shared {
             Kind::Install => {
                 let staged = self.layout.object_incoming(record.disk, record.oid, record.extra);
                 match files.rename(&staged, &self.layout.object(record.disk, record.oid)) {
-                    Err(error) if error.kind() == io::ErrorKind::NotFound => self.lose(files, record, "its staged file")?,
+                    Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                        self.lose(files, record, "its staged file")?
+                    }
                     other => other?,
                 }
                 self.forget_handle(record.oid);
@@ -214,7 +217,13 @@ impl Shared {
     }
 
     /// The open file of an object; `None` if it is missing or not the file of that object and size.
-    pub fn handle(&self, files: &dyn Files, oid: u64, disk: u8, size_bytes: u64) -> io::Result<Option<Arc<ObjectFile>>> {
+    pub fn handle(
+        &self,
+        files: &dyn Files,
+        oid: u64,
+        disk: u8,
+        size_bytes: u64,
+    ) -> io::Result<Option<Arc<ObjectFile>>> {
         loop {
             let replacements = {
                 let mut inner = self.lock();

@@ -113,7 +113,8 @@ impl Shared {
     }
 
     fn flush_objects(&self, files: &dyn Files, checkpoint: &Checkpoint) -> Result<(), String> {
-        let failed = |path: &std::path::Path, error: &io::Error| format!("{}: flush: {error}{}", path.display(), hint(error));
+        let failed =
+            |path: &std::path::Path, error: &io::Error| format!("{}: flush: {error}{}", path.display(), hint(error));
         if checkpoint.dirty.len() <= FLUSHED_SINGLY_MAX {
             for (oid, disk) in &checkpoint.dirty {
                 let path = self.layout.object(*disk, *oid);
@@ -157,9 +158,9 @@ impl Shared {
             let open = self.lock().handles.get(*oid);
             let allocated = match open {
                 Some(object) => object.allocated_bytes(),
-                None => files
-                    .open(&self.layout.object(*disk, *oid), OpenMode::Read)
-                    .and_then(|file| file.allocated_bytes()),
+                None => {
+                    files.open(&self.layout.object(*disk, *oid), OpenMode::Read).and_then(|file| file.allocated_bytes())
+                }
             };
             if let Ok(bytes) = allocated {
                 *packed = packed.with_allocated(bytes);

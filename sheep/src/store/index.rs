@@ -84,7 +84,9 @@ impl<E: Into<redb::Error>> From<E> for IndexError {
     fn from(error: E) -> IndexError {
         match error.into() {
             // That is how redb says that a file is not its own, or was cut short.
-            redb::Error::Io(error) if matches!(error.kind(), io::ErrorKind::InvalidData | io::ErrorKind::UnexpectedEof) => {
+            redb::Error::Io(error)
+                if matches!(error.kind(), io::ErrorKind::InvalidData | io::ErrorKind::UnexpectedEof) =>
+            {
                 IndexError::Damaged(error.to_string())
             }
             redb::Error::Io(error) => IndexError::Io(error),
@@ -125,6 +127,10 @@ impl Index {
     /// Opens the index, making an empty one if there is none.
     pub fn open(files: &dyn Files, path: &Path, sync: bool) -> Result<Index, IndexError> {
         let file = files.open(path, OpenMode::Create).map_err(IndexError::Io)?;
+        if sync {
+            // A killed process may have left a commit that is visible and not durable. Nothing may be built on it yet.
+            file.sync_data().map_err(IndexError::Io)?;
+        }
         let backend = Backend { file, sync };
         let database = Database::builder().set_cache_size(CACHE_BYTES).create_with_backend(backend)?;
         Ok(Index { database, sync })
@@ -147,7 +153,8 @@ impl Index {
         for row in transaction.open_table(OBJECTS)?.iter()? {
             let (oid, value) = row?;
             let packed = Packed::decode(value.value(), oid.value());
-            let packed = packed.ok_or_else(|| damaged(&format!("the entry of object {:016x} is damaged", oid.value())))?;
+            let packed =
+                packed.ok_or_else(|| damaged(&format!("the entry of object {:016x} is damaged", oid.value())))?;
             loaded.entries.set(oid.value(), Some(packed));
         }
         for row in transaction.open_table(DOOMED)?.iter()? {

@@ -120,6 +120,11 @@ impl Journal {
             return Ok(Opened::Missing);
         }
         let file = files.open(path, OpenMode::Direct)?;
+        if sync {
+            // A killed process may have left a batch that is visible and not durable. Were it replayed like that, a power
+            // loss could keep its traces in the objects and lose the batch.
+            file.sync_data()?;
+        }
         let mut journal = Journal { file, store, ring_bytes: 0, buffer: Vec::new(), sync };
         let header = journal.read_file(0, BLOCK_BYTES)?;
         let intact = header.len() == BLOCK_BYTES
@@ -269,8 +274,8 @@ fn aligned(buffer: &mut Vec<u8>, length: usize) -> &mut [u8] {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
     use super::super::record::Kind;
+    use super::*;
     use crate::world::real_disk::RealFiles;
     use bytes::Bytes;
     use sheep_core::stamp::Version;

@@ -98,11 +98,8 @@ mod tests {
 
     #[test]
     fn new_objects_spread_evenly_over_the_disks() {
-        let layout = Layout {
-            meta: "/m".into(),
-            journal_dir: "/m".into(),
-            disks: vec!["/a".into(), "/b".into(), "/c".into()],
-        };
+        let layout =
+            Layout { meta: "/m".into(), journal_dir: "/m".into(), disks: vec!["/a".into(), "/b".into(), "/c".into()] };
         let mut counts = [0_u32; 3];
         for index in 0..30_000 {
             counts[usize::from(layout.disk_of_new((0x007c_2b25 << 32) | index))] += 1;

@@ -333,8 +333,11 @@ impl Store {
     pub async fn load_state(&self) -> Result<Option<Vec<u8>>, OpenError> {
         let path = self.shared.layout.meta_file(layout::CLUSTER);
         disk::run(&self.shared.world.disk, move |files| {
-            let found = sealed::read(files, &path, CLUSTER_MAGIC)
-                .map_err(|source| OpenError::Io { path: path.clone(), doing: "read", source })?;
+            let found = sealed::read(files, &path, CLUSTER_MAGIC).map_err(|source| OpenError::Io {
+                path: path.clone(),
+                doing: "read",
+                source,
+            })?;
             match found {
                 sealed::Found::Nothing => Ok(None),
                 sealed::Found::Payload(_, payload) => Ok(Some(payload)),

@@ -392,7 +392,8 @@ impl ObjectFile {
     ) -> io::Result<Box<[u8; BLOCK_BYTES]>> {
         let mut bytes = Box::new([0; BLOCK_BYTES]);
         self.file.read_at(&mut bytes[..], self.geometry.content_offset() + block * BLOCK_BYTES as u64)?;
-        let expected = self.load_piece(block as usize / PIECE_ENTRIES)?[block as usize % PIECE_ENTRIES].load(Ordering::Relaxed);
+        let expected =
+            self.load_piece(block as usize / PIECE_ENTRIES)?[block as usize % PIECE_ENTRIES].load(Ordering::Relaxed);
         let intact = base == Base::Replayed || expected == block_tag(&bytes[..]);
         bytes[skip..skip + part.len()].copy_from_slice(part);
         let tag = block_tag(&bytes[..]);
@@ -450,7 +451,8 @@ mod tests {
         let size = 300_001_u64;
         let object = ObjectFile::create(&RealFiles, &path, &header(size)).unwrap();
         let mut model = vec![0_u8; size as usize];
-        let ranges = [(0, 1), (4095, 2), (5, 8192), (300_000, 1), (12_288, 4096), (100_001, 150_000), (0, 300_001), (77, 0)];
+        let ranges =
+            [(0, 1), (4095, 2), (5, 8192), (300_000, 1), (12_288, 4096), (100_001, 150_000), (0, 300_001), (77, 0)];
         for (index, (offset, length)) in ranges.into_iter().enumerate() {
             let data: Vec<u8> = (0..length).map(|byte| (byte as u8).wrapping_mul(31) ^ index as u8).collect();
             assert!(object.write(offset as u64, &data, Base::Checked).unwrap());

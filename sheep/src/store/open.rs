@@ -6,6 +6,7 @@
 //! Always holds:
 //! 1. A directory that is not a store, and not empty, is left exactly as it was.
 //! 2. Opening is repeatable: a crash in the middle of it leaves a state that opens.
+//! 3. Whatever is read and built upon is made durable first: after a kill it may be visible only.
 
 use std::collections::BTreeMap;
 use std::io;
@@ -99,8 +100,15 @@ impl Opening<'_> {
             }
         };
         let layout = self.layout(superblock)?;
+        if self.config.sync {
+            // What a killed process renamed last is visible and perhaps not durable: the saved state, for one.
+            for dir in [&layout.meta, &layout.journal_dir] {
+                at(dir, "flush the directory", self.files.sync_dir(dir))?;
+            }
+        }
         let index_path = layout.meta_file(layout::INDEX);
-        let index = Index::open(self.files, &index_path, self.config.sync).map_err(|error| index_error(&index_path, error))?;
+        let index =
+            Index::open(self.files, &index_path, self.config.sync).map_err(|error| index_error(&index_path, error))?;
         let loaded = index.load().map_err(|error| index_error(&index_path, error))?;
         let loaded = loaded.ok_or_else(|| damaged(&index_path, "it holds no index"))?;
         let journal = self.open_journal(&layout, superblock.node)?;
@@ -175,7 +183,9 @@ impl Opening<'_> {
             return Ok(());
         }
         for entry in at(dir, "list", self.files.read_dir(dir))? {
-            let known = MAKING_NAMES.contains(&entry.name.as_str()) || entry.name == SUPERBLOCK_NEXT || entry.name == layout::LOG;
+            let known = MAKING_NAMES.contains(&entry.name.as_str())
+                || entry.name == SUPERBLOCK_NEXT
+                || entry.name == layout::LOG;
             if !known {
                 return Err(OpenError::NotEmpty { path: dir.to_path_buf(), found: entry.name });
             }
@@ -224,8 +234,7 @@ impl Opening<'_> {
         at(&journal, "make the journal", Journal::create(self.files, &journal, node.0, self.config.journal_bytes))?;
         self.make_index(meta)?;
         at(meta, "flush the directory", self.files.sync_dir(meta))?;
-        let superblock =
-            Superblock { node, disk_count: further.len() as u32 + u32::from(meta_is_disk), meta_is_disk };
+        let superblock = Superblock { node, disk_count: further.len() as u32 + u32::from(meta_is_disk), meta_is_disk };
         at(superblock_path, "write", superblock::write(self.files, superblock_path, superblock))?;
         Ok(superblock)
     }
@@ -329,8 +338,7 @@ impl Opening<'_> {
         lock: Box<dyn FileLock>,
     ) -> Result<Shared, OpenError> {
         check_disks(&layout, &loaded.entries)?;
-        let mut inner =
-            Inner::new(loaded.entries, loaded.state.clean_through, loaded.state.tail, journal.ring_bytes());
+        let mut inner = Inner::new(loaded.entries, loaded.state.clean_through, loaded.state.tail, journal.ring_bytes());
         let known = |(_, disk): &(u64, u8)| usize::from(*disk) < layout.disks.len();
         inner.doomed = loaded.doomed.into_iter().filter(known).collect();
         Ok(Shared {
@@ -376,7 +384,8 @@ impl Shared {
         let (end, how) = self.replay(files, &journal, &installed, report)?;
         report.cut_tail = how == End::Torn;
         if let End::Rotten { sequence } = how {
-            let what = format!("commit {sequence} is damaged although later ones are whole: acknowledged writes are lost");
+            let what =
+                format!("commit {sequence} is damaged although later ones are whole: acknowledged writes are lost");
             return Err(damaged(&self.layout.journal(), what));
         }
         let unlinked = {
@@ -389,8 +398,11 @@ impl Shared {
             self.checkpoint_now(files)?;
             let doomed: Vec<(u64, u8)> = self.lock().unlinkable.drain(..).collect();
             for (oid, disk) in doomed {
-                self.unlink(files, oid, disk);
-                report.removed_files += 1;
+                // A checkpoint in the middle of the replay may have named an object that was made again after it.
+                if self.lock().doomed.get(&oid) == Some(&disk) {
+                    self.unlink(files, oid, disk);
+                    report.removed_files += 1;
+                }
             }
         }
         report.removed_files += self.remove_half_made(files)?;

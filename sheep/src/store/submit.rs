@@ -191,7 +191,8 @@ impl Inner {
         let oid = write.oid.raw();
         let end = write.offset.checked_add(write.data.len() as u64).ok_or(SubmitError::OutOfRange)?;
         let new_disk = before.map_or_else(|| layout.disk_of_new(oid), Packed::disk);
-        let mut record = Record { oid, version: write.version, offset: write.offset, disk: new_disk, ..small(Kind::Create) };
+        let mut record =
+            Record { oid, version: write.version, offset: write.offset, disk: new_disk, ..small(Kind::Create) };
         match write.kind {
             WriteKind::Overwrite => {
                 let entry = before.ok_or(SubmitError::Missing)?;

@@ -65,6 +65,7 @@ impl Clock for RealClock {
     }
 
     fn sleep(&self, duration: Duration) -> Pin<Box<dyn Future<Output = ()> + Send>> {
-        Box::pin(tokio::time::sleep(duration))
+        // Made when first polled, which is on a runtime; the call itself may come from a disk thread.
+        Box::pin(async move { tokio::time::sleep(duration).await })
     }
 }

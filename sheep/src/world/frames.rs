@@ -62,7 +62,7 @@ impl FrameReader {
         while self.buffer.len() < length {
             let missing = length - self.buffer.len();
             // Memory grows with what has arrived, not with what a header promised.
-            self.buffer.reserve(missing.min(GULP_BYTES).max(GULP_BYTES / 4));
+            self.buffer.reserve(missing.clamp(GULP_BYTES / 4, GULP_BYTES));
             if self.reader.read_buf(&mut self.buffer).await? == 0 {
                 if self.buffer.is_empty() {
                     return Ok(false);

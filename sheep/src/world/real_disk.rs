@@ -177,8 +177,7 @@ fn open_lock(path: &Path) -> io::Result<fs::File> {
 /// shares blocks on file systems that can.
 fn copy_file(from: &Path, to: &Path) -> io::Result<()> {
     let source = fs::File::open(from)?;
-    let target =
-        fs::OpenOptions::new().read(true).write(true).create(true).truncate(true).mode(FILE_MODE).open(to)?;
+    let target = fs::OpenOptions::new().read(true).write(true).create(true).truncate(true).mode(FILE_MODE).open(to)?;
     let length = source.metadata()?.len();
     target.set_len(length)?;
     let mut position = 0;

@@ -131,7 +131,7 @@ where
         let lease = acquire(data, vdi).await?;
         let slot = data.leases().slot(vdi);
         let mut current = slot.lock().await;
-        if !current.as_ref().is_some_and(|held| held.generation == lease.generation) {
+        if current.as_ref().is_none_or(|held| held.generation != lease.generation) {
             continue;
         }
         lease.drain().await;

@@ -145,7 +145,8 @@ async fn one_round(data: &Data, view: &View, request: &mut PeerRequest, order: &
 async fn ask(data: &Data, node: NodeId, request: &PeerRequest) -> Result<Bytes, Option<Verdict>> {
     if node == data.node() {
         let Some(holder) = data.holder() else { return Err(None) };
-        if request.has(FLAG_WAIT) && crate::data::recovery::ensure_current(data, request.oid, request.epoch).await.is_err()
+        if request.has(FLAG_WAIT)
+            && crate::data::recovery::ensure_current(data, request.oid, request.epoch).await.is_err()
         {
             return Err(None);
         }

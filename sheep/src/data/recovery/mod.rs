@@ -93,7 +93,10 @@ pub async fn run(data: Data, epoch: Epoch) {
         return;
     }
     progress.running.store(false, Ordering::Relaxed);
-    tracing::info!("recovery of epoch {epoch} complete: {} objects fetched so far", progress.fetched.load(Ordering::Relaxed));
+    tracing::info!(
+        "recovery of epoch {epoch} complete: {} objects fetched so far",
+        progress.fetched.load(Ordering::Relaxed)
+    );
     if let Err(error) = data.cluster().propose(Command::Recovered { node: data.node(), epoch }).await {
         tracing::warn!("cannot report that recovery of epoch {epoch} is complete: {error}");
     }
@@ -145,7 +148,8 @@ fn holds(view: &View, node: NodeId, oid: Oid) -> bool {
 async fn survey(data: &Data, holder: &Arc<Holder>, view: &Arc<View>) -> Result<BTreeSet<Oid>, RecoveryEnd> {
     let epoch = view.epoch();
     let mut known: BTreeMap<Oid, Vec<Answer>> = BTreeMap::new();
-    let others: Vec<NodeId> = view.state.members.values().filter(|m| !m.member.is_gateway()).map(|m| m.member.id).collect();
+    let others: Vec<NodeId> =
+        view.state.members.values().filter(|m| !m.member.is_gateway()).map(|m| m.member.id).collect();
     let mut silent: BTreeMap<NodeId, Epoch> = BTreeMap::new();
     for node in others.into_iter().filter(|node| *node != data.node()) {
         let clean_through = list_from(data, holder, node, epoch, &mut known).await?;
@@ -200,11 +204,7 @@ fn settled_by_lists(
 }
 
 fn own_answer(data: &Data, holder: &Holder, oid: Oid) -> Answer {
-    Answer {
-        node: data.node(),
-        version: holder.version(oid),
-        clean_through: holder.store().clean_through(),
-    }
+    Answer { node: data.node(), version: holder.version(oid), clean_through: holder.store().clean_through() }
 }
 
 async fn list_from(

@@ -24,7 +24,7 @@ const VNODES_SHOWN: f64 = 128.0;
 /// Carries out whatever is not about objects and VDIs.
 pub async fn run(front: &Front, opcode: Opcode, request: &Request, payload: &[u8]) -> Outcome {
     match opcode {
-        Opcode::GetNodeList => node_list(front, request),
+        Opcode::GetNodeList => Ok(node_list(front, request)),
         Opcode::ClusterInfo => cluster_info(front, request),
         Opcode::StatCluster => stat_cluster(front, request),
         Opcode::MakeFs => make_fs(front, request, payload).await,
@@ -74,12 +74,12 @@ fn entries<'a>(members: impl Iterator<Item = &'a EpochMember>) -> Vec<NodeEntry>
     members.iter().map(entry).collect()
 }
 
-fn node_list(front: &Front, request: &Request) -> Outcome {
+fn node_list(front: &Front, request: &Request) -> Reply {
     let view = front.data.view();
     let nodes = entries(view.state.members.values());
     let shown = nodes.len().min(request.data_length as usize / NODE_BYTES);
     let payload: Vec<u8> = nodes[..shown].iter().flat_map(NodeEntry::encode).collect();
-    Ok(Reply { body: ResponseBody::node(shown as u32, 0, 0), ..Reply::data(payload) })
+    Reply { body: ResponseBody::node(shown as u32, 0, 0), ..Reply::data(payload) }
 }
 
 fn cluster_info(front: &Front, request: &Request) -> Outcome {
@@ -204,7 +204,7 @@ async fn force_recover(front: &Front, request: &Request) -> Outcome {
     match front.data.cluster().propose(command).await {
         Ok(Ordered::Refused(Refusal::NoEffect)) => Err(Status::ForceRecover),
         Ok(Ordered::Refused(refusal)) => Err(of_refusal(refusal)),
-        Ok(_) => node_list(front, request),
+        Ok(_) => Ok(node_list(front, request)),
         Err(error) => {
             tracing::warn!("cannot order a forced recovery: {error}");
             Err(Status::ClusterError)

@@ -56,10 +56,8 @@ pub async fn write(front: &Front, body: &ObjectRequest, request: &Request, paylo
     }
     match body.oid.kind() {
         Some(ObjectKind::Inode) => {
-            let writer = InodeWriter {
-                qemu_synchronous: request.proto_ver == 0 && request.id == 0,
-                durable: durable(request),
-            };
+            let writer =
+                InodeWriter { qemu_synchronous: request.proto_ver == 0 && request.id == 0, durable: durable(request) };
             let written = inode::write_inode(&front.data, body.oid.vid(), body.offset, &payload, writer).await;
             written.map_err(|error| of_inode(&error))?;
         }
@@ -141,7 +139,13 @@ pub async fn check(front: &Front, body: &ObjectRequest) -> Outcome {
             && matches!(read_path::read(&front.data, body.oid, 0, 0).await, Err(ReadFailure::Missing))
             && front.data.view().state.vdis.contains_key(&body.oid.vid().get());
         if unwritten {
-            return Ok(Reply::body(ResponseBody::Check { wanted: 0, good: 0, repaired: 0, unrepairable: 0, rest: [0; 12] }));
+            return Ok(Reply::body(ResponseBody::Check {
+                wanted: 0,
+                good: 0,
+                repaired: 0,
+                unrepairable: 0,
+                rest: [0; 12],
+            }));
         }
         return Err(Status::NoObj);
     };

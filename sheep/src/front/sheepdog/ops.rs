@@ -46,10 +46,27 @@ fn runs_always(opcode: Opcode) -> bool {
     use Opcode as O;
     matches!(
         opcode,
-        O::ReadVdis | O::ReadDelVdis | O::GetClusterDefault | O::GetNodeList | O::MakeFs | O::Shutdown | O::StatCluster
-            | O::ForceRecover | O::GetStoreList | O::KillNode | O::GetVdiCopies | O::NotifyVdiAdd | O::GetLoglevel
-            | O::SetLoglevel | O::Exist | O::ClusterInfo | O::OidsExist | O::GetRecovery | O::SetRecovery
-            | O::ClusterReport | O::ReleaseVdi
+        O::ReadVdis
+            | O::ReadDelVdis
+            | O::GetClusterDefault
+            | O::GetNodeList
+            | O::MakeFs
+            | O::Shutdown
+            | O::StatCluster
+            | O::ForceRecover
+            | O::GetStoreList
+            | O::KillNode
+            | O::GetVdiCopies
+            | O::NotifyVdiAdd
+            | O::GetLoglevel
+            | O::SetLoglevel
+            | O::Exist
+            | O::ClusterInfo
+            | O::OidsExist
+            | O::GetRecovery
+            | O::SetRecovery
+            | O::ClusterReport
+            | O::ReleaseVdi
     )
 }
 

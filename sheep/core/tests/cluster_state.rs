@@ -1,0 +1,266 @@
+//! The ordered state, driven as a cluster would drive it: what commands do, and what no sequence of them can break.
+
+use proptest::prelude::*;
+use qemu_proto::oid::VdiId;
+use sheep_core::cluster_state::{ClusterState, Phase};
+use sheep_core::command::{Command, NewVdi, Outcome, Refusal, VdiEdit};
+use sheep_core::member::{Member, NodeId};
+use sheep_core::stamp::Epoch;
+use sheep_core::vdi_name::Target;
+
+fn member(node: u64, zone: u32) -> Member {
+    let mut address = [0; 16];
+    address[15] = node as u8;
+    Member { id: NodeId(node), address, port: 7000, peer_endpoint: format!("127.0.0.1:{node}"), zone, weight: 1 << 40 }
+}
+
+fn join(node: u64) -> Command {
+    Command::Join { member: member(node, node as u32), time: node }
+}
+
+fn formatted(nodes: u64) -> ClusterState {
+    let mut state = ClusterState::default();
+    for node in 1..=nodes {
+        assert_eq!(state.apply(&join(node)), Outcome::Done);
+    }
+    let format = Command::Format { cluster_id: 9, copies: 3, object_size_shift: 22, flags: 0, time: 100 };
+    assert_eq!(state.apply(&format), Outcome::Done);
+    state
+}
+
+fn new_vdi(name: &str, base: Option<VdiId>, snapshot: bool, drained: Option<(NodeId, u32)>) -> Command {
+    Command::NewVdi(NewVdi {
+        name: name.into(),
+        size_bytes: 64 << 20,
+        base,
+        snapshot,
+        copies: 0,
+        object_size_shift: 0,
+        time: 7 << 32,
+        drained,
+    })
+}
+
+fn vdi_of(outcome: &Outcome) -> VdiId {
+    match outcome {
+        Outcome::Vdi(id) => *id,
+        other => panic!("{other:?}"),
+    }
+}
+
+/// Takes the lease and turns the working VDI into a snapshot.
+fn snapshot(state: &mut ClusterState, name: &str) -> (VdiId, VdiId) {
+    let current = state.lookup(name.as_bytes(), Target::Current).unwrap();
+    let Outcome::Lease(generation) = state.apply(&Command::AcquireLease { vdi: current, node: NodeId(1) }) else {
+        panic!("the lease is free")
+    };
+    let made = state.apply(&new_vdi(name, Some(current), true, Some((NodeId(1), generation))));
+    (current, vdi_of(&made))
+}
+
+#[test]
+fn format_begins_epoch_one_clean_and_every_change_of_members_makes_the_next() {
+    let mut state = formatted(3);
+    assert_eq!((state.epoch, state.clean), (Epoch(1), Epoch(1)));
+    state.apply(&Command::Evict { node: NodeId(3), time: 5 });
+    assert_eq!((state.epoch, state.clean), (Epoch(2), Epoch(1)));
+    for node in [1, 2] {
+        state.apply(&Command::Recovered { node: NodeId(node), epoch: Epoch(2) });
+    }
+    assert_eq!(state.clean, Epoch(2));
+    state.apply(&join(3));
+    assert_eq!((state.epoch, state.clean), (Epoch(3), Epoch(2)));
+}
+
+#[test]
+fn a_node_that_crashes_and_is_back_before_anybody_noticed_was_away_for_an_epoch() {
+    let mut state = formatted(3);
+    state.apply(&join(2));
+    assert_eq!(state.epoch, Epoch(3));
+    assert!(!state.epoch_record(Epoch(2)).unwrap().members.contains_key(&NodeId(2)));
+    assert_eq!(state.members[&NodeId(2)].since, Epoch(3));
+}
+
+#[test]
+fn the_report_of_an_older_epoch_does_not_end_the_current_one_clean() {
+    let mut state = formatted(2);
+    state.apply(&Command::Evict { node: NodeId(2), time: 5 });
+    assert_eq!(
+        state.apply(&Command::Recovered { node: NodeId(1), epoch: Epoch(1) }),
+        Outcome::Refused(Refusal::NoEffect)
+    );
+    assert_eq!(state.clean, Epoch(1));
+}
+
+#[test]
+fn a_snapshot_keeps_the_old_id_and_needs_drained_writes() {
+    let mut state = formatted(3);
+    let first = vdi_of(&state.apply(&new_vdi("test", None, false, None)));
+    assert_eq!(first.get(), 0x7c_2b25);
+    assert_eq!(
+        state.apply(&new_vdi("test", Some(first), true, None)),
+        Outcome::Refused(Refusal::LeaseLost),
+        "without the lease there may be writes under way"
+    );
+    let (old, new) = snapshot(&mut state, "test");
+    assert_eq!((old, new.get()), (first, 0x7c_2b26));
+    let (old, new) = (&state.vdis[&old.get()], &state.vdis[&new.get()]);
+    assert!(old.is_snapshot() && !new.is_snapshot());
+    assert_eq!((new.snapshot_id, new.parent, new.chain_root), (2, Some(old.id), old.id));
+    assert_eq!(state.lookup(b"test", Target::Current), Ok(new.id));
+    assert_eq!(state.lookup(b"test", Target::Snapshot { tag: b"", snapid: 1 }), Ok(old.id));
+    assert_eq!(state.lookup(b"test", Target::Snapshot { tag: b"x", snapid: 0 }), Err(Refusal::NoTag));
+}
+
+#[test]
+fn a_clone_begins_a_chain_of_its_own_and_only_from_a_snapshot() {
+    let mut state = formatted(3);
+    let base = vdi_of(&state.apply(&new_vdi("base", None, false, None)));
+    assert_eq!(state.apply(&new_vdi("clone", Some(base), false, None)), Outcome::Refused(Refusal::InvalidParameters));
+    snapshot(&mut state, "base");
+    let clone = vdi_of(&state.apply(&new_vdi("clone", Some(base), false, None)));
+    assert_eq!(state.vdis[&clone.get()].chain_root, clone);
+    assert_eq!(state.vdis[&clone.get()].parent, Some(base));
+}
+
+#[test]
+fn revert_deletes_the_working_vdi_and_branches_from_the_snapshot() {
+    let mut state = formatted(3);
+    vdi_of(&state.apply(&new_vdi("vm", None, false, None)));
+    let (old, current) = snapshot(&mut state, "vm");
+    let delete = Command::DeleteVdi { name: b"vm".to_vec(), tag: Vec::new(), snapshot_id: 0 };
+    assert_eq!(vdi_of(&state.apply(&delete)), current);
+    assert_eq!(state.apply(&delete), Outcome::Refused(Refusal::NoVdi));
+    let next = vdi_of(&state.apply(&new_vdi("vm", Some(old), false, None)));
+    let next = &state.vdis[&next.get()];
+    assert_eq!((next.parent, next.chain_root), (Some(old), old));
+    assert!(state.to_reclaim.contains(&current.get()));
+    assert!(state.vdis.contains_key(&current.get()), "a deleted VDI keeps its place in the run of ids");
+}
+
+#[test]
+fn header_edits_take_what_clients_may_change_and_nothing_that_undoes_a_snapshot() {
+    let mut state = formatted(3);
+    vdi_of(&state.apply(&new_vdi("vm", None, false, None)));
+    let (old, current) = snapshot(&mut state, "vm");
+    let edit = |size| VdiEdit { size_bytes: Some(size), ..VdiEdit::default() };
+    assert_eq!(state.apply(&Command::EditVdi { vdi: old, edit: edit(1 << 30) }), Outcome::Refused(Refusal::ReadOnly));
+    state.apply(&Command::EditVdi { vdi: current, edit: edit(1 << 20) });
+    assert_eq!(state.vdis[&current.get()].size_bytes, 64 << 20, "a size only grows");
+    state.apply(&Command::EditVdi { vdi: current, edit: edit(1 << 30) });
+    assert_eq!(state.vdis[&current.get()].size_bytes, 1 << 30);
+    let tag = VdiEdit { tag: Some(b"late".to_vec()), ..VdiEdit::default() };
+    state.apply(&Command::EditVdi { vdi: old, edit: tag });
+    assert_eq!(state.lookup(b"vm", Target::Snapshot { tag: b"late", snapid: 0 }), Ok(old));
+}
+
+#[test]
+fn a_lease_has_one_holder_and_its_generation_only_goes_up() {
+    let mut state = formatted(3);
+    let vdi = vdi_of(&state.apply(&new_vdi("vm", None, false, None)));
+    let acquire = |node| Command::AcquireLease { vdi, node: NodeId(node) };
+    assert_eq!(state.apply(&acquire(1)), Outcome::Lease(1));
+    assert_eq!(state.apply(&acquire(2)), Outcome::Refused(Refusal::LeaseHeldBy(NodeId(1))));
+    let release = |node, generation| Command::ReleaseLease { vdi, node: NodeId(node), generation };
+    assert_eq!(state.apply(&release(2, 1)), Outcome::Refused(Refusal::NoEffect));
+    assert_eq!(state.apply(&release(1, 1)), Outcome::Done);
+    assert_eq!(state.apply(&acquire(2)), Outcome::Lease(2));
+    state.apply(&Command::Evict { node: NodeId(2), time: 1 });
+    assert_eq!(state.apply(&acquire(3)), Outcome::Lease(3), "the dead hold nothing");
+    assert_eq!(state.apply(&acquire(2)), Outcome::Refused(Refusal::NoEffect), "nor take anything");
+}
+
+#[test]
+fn a_restart_from_memory_waits_for_the_members_of_the_last_epoch() {
+    let mut state = formatted(3).restarted();
+    assert!(matches!(&state.phase, Phase::Waiting(missing) if missing.len() == 3));
+    state.apply(&join(2));
+    state.apply(&join(1));
+    assert_eq!(state.apply(&new_vdi("vm", None, false, None)), Outcome::Refused(Refusal::Waiting));
+    state.apply(&join(3));
+    assert!(state.is_running());
+    let mut forced = formatted(3).restarted();
+    forced.apply(&join(1));
+    assert_eq!(forced.apply(&Command::ForceRecover { time: 1 }), Outcome::Done);
+    assert!(forced.is_running());
+}
+
+#[test]
+fn parameters_that_make_no_sense_are_refused() {
+    let mut state = formatted(3);
+    let with = |change: fn(&mut NewVdi)| {
+        let Command::NewVdi(mut request) = new_vdi("vm", None, false, None) else { unreachable!() };
+        change(&mut request);
+        Command::NewVdi(request)
+    };
+    for bad in [
+        with(|r| r.name.clear()),
+        with(|r| r.name = vec![b'x'; 256]),
+        with(|r| r.copies = 32),
+        with(|r| r.object_size_shift = 19),
+        with(|r| r.object_size_shift = 32),
+        with(|r| r.size_bytes = (4 << 40) + 1),
+        with(|r| r.size_bytes = u64::MAX),
+    ] {
+        assert_eq!(state.apply(&bad), Outcome::Refused(Refusal::InvalidParameters), "{bad:?}");
+    }
+    assert_eq!(state.apply(&with(|r| r.base = VdiId::new(77))), Outcome::Refused(Refusal::NoBaseVdi));
+}
+
+fn any_command() -> impl Strategy<Value = Command> {
+    let node = (1_u64..6).prop_map(NodeId);
+    let name = prop::sample::select(vec!["a", "b", "col34469", "col65874"]);
+    let vdi = prop::sample::select(vec![0x4f_0e0b_u32, 0x4f_0e0c, 0x4f_0e0d, 0x65_02b4, 1, 2])
+        .prop_map(|raw| VdiId::new(raw).unwrap());
+    prop_oneof![
+        (1_u64..6).prop_map(join),
+        node.clone().prop_map(|node| Command::Evict { node, time: 1 }),
+        (node.clone(), 0_u32..40).prop_map(|(node, epoch)| Command::Recovered { node, epoch: Epoch(epoch) }),
+        (name.clone(), prop::option::of(vdi.clone()), any::<bool>(), prop::option::of((node.clone(), 1_u32..4)))
+            .prop_map(|(name, base, snapshot, drained)| new_vdi(name, base, snapshot, drained)),
+        (name, 0_u32..3).prop_map(|(name, snapshot_id)| Command::DeleteVdi {
+            name: name.into(),
+            tag: Vec::new(),
+            snapshot_id
+        }),
+        (vdi.clone(), node.clone()).prop_map(|(vdi, node)| Command::AcquireLease { vdi, node }),
+        (vdi, node, 1_u32..4).prop_map(|(vdi, node, generation)| Command::ReleaseLease { vdi, node, generation }),
+        Just(Command::ForceRecover { time: 3 }),
+    ]
+}
+
+proptest! {
+    #[test]
+    fn no_sequence_of_commands_breaks_the_invariants(commands in prop::collection::vec(any_command(), 1..120)) {
+        let mut state = formatted(3);
+        let mut other = formatted(3);
+        for command in &commands {
+            let before = state.clone();
+            let outcome = state.apply(command);
+            prop_assert_eq!(&outcome, &other.apply(command), "the same everywhere");
+            // Invariant 2: one epoch per change of members (a silent restart is two), none otherwise.
+            let steps = state.epoch.get() - before.epoch.get();
+            let moved = state.members != before.members || matches!(command, Command::ForceRecover { .. });
+            prop_assert!(steps <= 2 && (steps > 0) == (moved && outcome == Outcome::Done), "{:?}", command);
+            prop_assert!(state.clean <= state.epoch && state.clean >= before.clean);
+            prop_assert!(state.epoch_record(state.clean).is_some(), "history reaches back to the clean epoch");
+            for (vdi, lease) in &state.leases {
+                let earlier = before.leases.get(vdi).map_or(0, |lease| lease.generation);
+                prop_assert!(lease.generation >= earlier);
+                prop_assert!(lease.holder.is_none_or(|holder| state.members.contains_key(&holder)));
+            }
+            for vdi in before.vdis.values() {
+                let now = &state.vdis[&vdi.id.get()];
+                prop_assert!(!vdi.is_snapshot() || now.snapshot_time == vdi.snapshot_time, "a snapshot stays one");
+                prop_assert!(!vdi.deleted || now.deleted, "what is deleted stays deleted");
+            }
+            for vdi in state.vdis.values().filter(|vdi| !vdi.deleted && !vdi.is_snapshot()) {
+                let same = state.vdis.values().filter(|other| other.name == vdi.name && !other.deleted);
+                prop_assert_eq!(same.filter(|other| !other.is_snapshot()).count(), 1, "one working VDI per name");
+            }
+        }
+        prop_assert_eq!(&state, &other);
+        let stored = postcard::to_allocvec(&state).unwrap();
+        prop_assert_eq!(postcard::from_bytes::<ClusterState>(&stored).unwrap(), state);
+    }
+}

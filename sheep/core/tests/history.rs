@@ -1,0 +1,181 @@
+//! Which copy is the newest: the stories that the rule was made for.
+
+use qemu_proto::oid::{Oid, VdiId};
+use sheep_core::cluster_state::ClusterState;
+use sheep_core::command::Command;
+use sheep_core::history::{Answer, Decision, History};
+use sheep_core::member::{Member, NodeId};
+use sheep_core::placement::{PlacementKey, placement_key};
+use sheep_core::stamp::{Epoch, Stamp, Version};
+
+const A: u64 = 1;
+const B: u64 = 2;
+const C: u64 = 3;
+const COPIES: u8 = 3;
+
+struct Story {
+    state: ClusterState,
+}
+
+impl Story {
+    fn begin() -> Story {
+        let mut story = Story { state: ClusterState::default() };
+        for node in [A, B, C] {
+            story.joins(node);
+        }
+        let format = Command::Format { cluster_id: 1, copies: 3, object_size_shift: 22, flags: 0, time: 0 };
+        story.state.apply(&format);
+        story
+    }
+
+    fn joins(&mut self, node: u64) {
+        let member = Member {
+            id: NodeId(node),
+            address: [0; 16],
+            port: node as u16,
+            peer_endpoint: String::new(),
+            zone: node as u32,
+            weight: 100,
+        };
+        self.state.apply(&Command::Join { member, time: 0 });
+    }
+
+    fn dies(&mut self, node: u64) {
+        self.state.apply(&Command::Evict { node: NodeId(node), time: 0 });
+    }
+
+    fn ends_clean(&mut self) {
+        let epoch = self.state.epoch;
+        for node in self.state.members.keys().copied().collect::<Vec<_>>() {
+            self.state.apply(&Command::Recovered { node, epoch });
+        }
+        assert_eq!(self.state.clean, epoch);
+    }
+
+    fn decide(&self, answers: &[Answer]) -> Decision {
+        History::of(&self.state, None).decide(key(), COPIES, answers)
+    }
+}
+
+fn key() -> PlacementKey {
+    let vdi = VdiId::new(5).unwrap();
+    placement_key(vdi, Oid::data(vdi, 7))
+}
+
+fn stamp(generation: u32, sequence: u64) -> Stamp {
+    Stamp { generation, sequence }
+}
+
+fn has(node: u64, epoch: u32, stamp: Stamp, clean_through: u32) -> Answer {
+    let version = Some(Version { epoch: Epoch(epoch), stamp });
+    Answer { node: NodeId(node), version, clean_through: Epoch(clean_through) }
+}
+
+fn has_nothing(node: u64, clean_through: u32) -> Answer {
+    Answer { node: NodeId(node), version: None, clean_through: Epoch(clean_through) }
+}
+
+fn newest(stamp: Stamp, nodes: &[u64]) -> Decision {
+    Decision::Newest { stamp, nodes: nodes.iter().copied().map(NodeId).collect() }
+}
+
+#[test]
+fn after_a_gateway_died_in_the_middle_the_highest_stamp_wins() {
+    let mut story = Story::begin();
+    story.dies(A);
+    assert_eq!(story.decide(&[has(B, 1, stamp(1, 9), 1), has(C, 1, stamp(1, 8), 1)]), newest(stamp(1, 9), &[B]));
+}
+
+#[test]
+fn what_a_dead_node_alone_has_does_not_come_back_over_what_was_served_meanwhile() {
+    let mut story = Story::begin();
+    story.dies(A);
+    story.joins(A);
+    // A applied 1.9 and died before B and C had it; they served 1.8 in epoch 2.
+    let answers = [has(A, 1, stamp(1, 9), 1), has(B, 1, stamp(1, 8), 1), has(C, 1, stamp(1, 8), 1)];
+    assert_eq!(story.decide(&answers), newest(stamp(1, 8), &[B, C]));
+}
+
+#[test]
+fn a_stale_copy_is_not_served_while_nobody_of_the_later_epoch_is_heard() {
+    // Epoch 1 on A B C; 2 on A B; then A and B die and C returns.
+    let mut story = Story::begin();
+    story.dies(C);
+    story.dies(A);
+    story.joins(C);
+    story.dies(B);
+    assert_eq!(story.decide(&[has(C, 1, stamp(1, 5), 1)]), Decision::Unheard(Epoch(2)));
+    let history = History::of(&story.state, None);
+    // Objects made in epoch 2 are only on A and B.
+    assert_eq!(history.possibly_out_of_sight(COPIES), Some(Epoch(2)));
+    story.joins(A);
+    let answers = [has(C, 1, stamp(1, 5), 1), has(A, 2, stamp(2, 1), 1)];
+    // Epoch 3 and 4 had B, who is not here: A's word about 2 is not enough.
+    assert_eq!(story.decide(&answers), Decision::Unheard(Epoch(3)));
+    story.joins(B);
+    let answers = [answers[0], answers[1], has(B, 3, stamp(3, 1), 1)];
+    assert_eq!(story.decide(&answers), newest(stamp(3, 1), &[B]));
+}
+
+#[test]
+fn the_operators_word_replaces_the_missing_witnesses() {
+    let mut story = Story::begin();
+    story.dies(C);
+    story.dies(A);
+    story.dies(B);
+    story.joins(C);
+    assert!(matches!(story.decide(&[has(C, 1, stamp(1, 5), 1)]), Decision::Unheard(_)));
+    story.state.apply(&Command::ForceRecover { time: 0 });
+    assert_eq!(story.decide(&[has(C, 1, stamp(1, 5), 1)]), newest(stamp(1, 5), &[C]));
+}
+
+#[test]
+fn a_removed_object_does_not_come_back_with_a_node_that_was_away() {
+    let mut story = Story::begin();
+    story.dies(C);
+    story.joins(C);
+    let answers = [has_nothing(A, 1), has_nothing(B, 1), has(C, 1, stamp(1, 5), 1)];
+    assert_eq!(story.decide(&answers), Decision::Absent);
+}
+
+#[test]
+fn a_wiped_node_has_nothing_to_say() {
+    let mut story = Story::begin();
+    story.dies(C);
+    story.ends_clean();
+    story.joins(C);
+    let answers = [has(A, 1, stamp(1, 5), 2), has(B, 1, stamp(1, 5), 2), has_nothing(C, 0)];
+    assert_eq!(story.decide(&answers), newest(stamp(1, 5), &[A, B]));
+}
+
+#[test]
+fn a_copy_that_was_away_but_has_the_newest_stamp_counts_as_old_but_equal() {
+    let mut story = Story::begin();
+    story.dies(C);
+    story.ends_clean();
+    story.joins(C);
+    let answers = [has(A, 1, stamp(1, 5), 2), has(B, 1, stamp(1, 5), 2), has(C, 1, stamp(1, 5), 1)];
+    // Not named as a source, but its stamp says that its content is the same: nothing travels.
+    assert_eq!(story.decide(&answers), newest(stamp(1, 5), &[A, B]));
+}
+
+#[test]
+fn after_everybody_crashed_the_highest_stamp_of_those_who_are_back_wins() {
+    let mut story = Story::begin();
+    story.state = story.state.clone().restarted();
+    for node in [A, B, C] {
+        story.joins(node);
+    }
+    assert!(story.state.is_running());
+    let answers = [has(A, 1, stamp(1, 7), 1), has(B, 1, stamp(1, 9), 1), has(C, 1, stamp(1, 8), 1)];
+    assert_eq!(story.decide(&answers), newest(stamp(1, 9), &[B]));
+}
+
+#[test]
+fn objects_with_one_copy_may_be_out_of_sight_when_any_node_is_missing() {
+    let mut story = Story::begin();
+    story.dies(C);
+    let history = History::of(&story.state, None);
+    assert_eq!(history.possibly_out_of_sight(1), Some(Epoch(1)));
+    assert_eq!(history.possibly_out_of_sight(2), None);
+}
