@@ -7,7 +7,7 @@ use std::io::{Read, Write};
 use std::process::{Command, ExitCode, Stdio};
 
 use sheep::config::{self, Config, LogDestination, Parsed, Usage};
-use sheep::node::Node;
+use sheep::node::{Node, Stop};
 use sheep::world::World;
 
 /// Set for the process in the background.
@@ -111,14 +111,23 @@ fn serve(config: &Config, in_background: bool) -> anyhow::Result<()> {
         }
         let mut terminate = tokio::signal::unix::signal(tokio::signal::unix::SignalKind::terminate())?;
         let mut interrupt = tokio::signal::unix::signal(tokio::signal::unix::SignalKind::interrupt())?;
-        tokio::select! {
-            () = node.asked_to_stop() => {}
-            _ = terminate.recv() => {}
-            _ = interrupt.recv() => {}
-        }
-        node.stop().await;
+        let stop = tokio::select! {
+            stop = node.asked_to_stop() => stop,
+            _ = terminate.recv() => Stop::Asked,
+            _ = interrupt.recv() => Stop::Asked,
+        };
+        let result = match stop {
+            Stop::Asked => {
+                node.stop().await;
+                Ok(())
+            }
+            Stop::StoreFailed(reason) => {
+                node.give_up().await;
+                Err(anyhow::anyhow!("the store failed ({reason}): this node left the cluster, the others go on"))
+            }
+        };
         drop(pid_file);
-        Ok(())
+        result
     })
 }
 

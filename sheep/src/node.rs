@@ -27,6 +27,14 @@ const WEIGHT_MIN: u64 = 1 << 20;
 /// How long a stop may take to put leases in order and flush before it is done without.
 const STOP_PATIENCE: std::time::Duration = std::time::Duration::from_secs(30);
 
+/// Why a node stops.
+pub enum Stop {
+    /// Somebody asked it to.
+    Asked,
+    /// Its disk failed; what the store said.
+    StoreFailed(String),
+}
+
 /// A node that serves.
 pub struct Node {
     world: World,
@@ -75,17 +83,30 @@ impl Node {
         Ok(Node { world, cluster, data, store: Some(store), stop, socket: config.meta.join("sock") })
     }
 
-    /// Waits until a client, or the operator through the order, asks this node to stop.
-    pub async fn asked_to_stop(&self) {
+    /// Waits until a client, or the operator through the order, asks this node to stop, or its store fails.
+    pub async fn asked_to_stop(&self) -> Stop {
         let mut states = self.cluster.watch();
         let shut_down = async {
             // The driver lives as long as this node.
             let _ = states.wait_for(|state| state.phase == Phase::Shutdown).await;
         };
+        let failed = async {
+            match self.data.holder() {
+                Some(holder) => holder.failed().await,
+                None => std::future::pending().await,
+            }
+        };
         tokio::select! {
-            () = self.stop.notified() => {}
-            () = shut_down => {}
+            () = self.stop.notified() => Stop::Asked,
+            () = shut_down => Stop::Asked,
+            reason = failed => Stop::StoreFailed(reason),
         }
+    }
+
+    /// Leaves at once because the store failed: the others go on with their copies.
+    pub async fn give_up(self) {
+        self.cluster.leave().await;
+        let _ = std::fs::remove_file(&self.socket);
     }
 
     /// Leaves: writes under way end, leases go back, everything is flushed, the others are told, the store is closed.

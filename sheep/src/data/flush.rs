@@ -36,13 +36,7 @@ pub async fn flush(data: &Data) -> Result<(), WriteError> {
             });
         }
         let mut done = match data.holder() {
-            Some(holder) => match holder.store().flush().await {
-                Ok(()) => true,
-                Err(error) => {
-                    tracing::error!("a flush failed: {error}");
-                    return Err(WriteError::Failed);
-                }
-            },
+            Some(holder) => holder.flush().await.map_err(|_| WriteError::Failed).map(|()| true)?,
             None => true,
         };
         while let Some(answered) = calls.join_next().await {

@@ -20,7 +20,7 @@ use sheep_core::cluster_state::ClusterState;
 use sheep_core::member::NodeId;
 use sheep_core::peer_message::{FLAG_COPY, FLAG_CREATE, FLAG_DURABLE, FLAG_FOREIGN, PeerKind, PeerRequest, Verdict};
 use sheep_core::stamp::{Epoch, Stamp, Version};
-use tokio::sync::{Notify, oneshot};
+use tokio::sync::{Notify, oneshot, watch};
 
 use super::view::View;
 use crate::store::{Durability, Permit, ReadError, Store, SubmitError, Ticket, Write, WriteKind};
@@ -32,6 +32,8 @@ pub struct Holder {
     state: Mutex<State>,
     /// Told whenever a copy became current, a mark moved or the epoch changed.
     changed: Notify,
+    /// Why the store takes nothing any more.
+    failure: Arc<watch::Sender<Option<String>>>,
 }
 
 struct State {
@@ -72,8 +74,8 @@ struct Parked {
 pub enum Pending {
     /// Decided already.
     Now(Verdict),
-    /// In the store's journal.
-    Ticket(Ticket),
+    /// In the store's journal; if that fails, the sender tells the node.
+    Ticket(Ticket, Arc<watch::Sender<Option<String>>>),
     /// Waiting for its object to become current.
     Parked(oneshot::Receiver<Pending>),
 }
@@ -84,15 +86,15 @@ impl Pending {
         loop {
             match self {
                 Pending::Now(verdict) => return verdict,
-                Pending::Ticket(ticket) => {
-                    return match ticket.await {
-                        Ok(()) => Verdict::Ok,
-                        Err(error) => {
-                            tracing::error!("a write failed: {error}");
-                            Verdict::Failed
-                        }
-                    };
-                }
+                Pending::Ticket(ticket, failure) => match ticket.await {
+                    Ok(()) => return Verdict::Ok,
+                    Err(error) => {
+                        // This node leaves with its store; the write is for the holders of the next epoch. Until then
+                        // its gateway must neither think it done nor tell its client that it failed.
+                        failure.send_replace(Some(error.to_string()));
+                        return std::future::pending().await;
+                    }
+                },
                 Pending::Parked(receiver) => match receiver.await {
                     Ok(next) => self = next,
                     // The epoch it was sent in is over.
@@ -116,7 +118,13 @@ impl Holder {
             parked: HashMap::new(),
             marks: HashMap::new(),
         };
-        Holder { node, store, state: Mutex::new(state), changed: Notify::new() }
+        Holder {
+            node,
+            store,
+            state: Mutex::new(state),
+            changed: Notify::new(),
+            failure: Arc::new(watch::channel(None).0),
+        }
     }
 
     /// Who this node is.
@@ -363,7 +371,7 @@ impl Holder {
     fn submit(&self, state: &mut State, request: &PeerRequest, data: Bytes, permit: Permit) -> Pending {
         let version = Version { epoch: request.epoch, stamp: request.stamp };
         if request.kind == PeerKind::Remove {
-            return Pending::Ticket(self.store.remove(request.oid, version));
+            return Pending::Ticket(self.store.remove(request.oid, version), self.failure.clone());
         }
         let kind = if request.has(FLAG_COPY) {
             WriteKind::CopyOf { source: request.source, size_bytes: request.object_bytes }
@@ -381,9 +389,30 @@ impl Holder {
                 {
                     marks.recent.push_back((request.stamp.sequence, request.oid));
                 }
-                Pending::Ticket(ticket)
+                Pending::Ticket(ticket, self.failure.clone())
+            }
+            Err(SubmitError::Stopped(error)) => {
+                Pending::Ticket(Ticket::failed(error), self.failure.clone())
             }
             Err(error) => Pending::Now(verdict_of(&error)),
+        }
+    }
+
+    /// Makes everything written so far durable. A failure is the end of this node's part; see [`Holder::failed`].
+    pub async fn flush(&self) -> Result<(), Verdict> {
+        self.store.flush().await.map_err(|error| {
+            self.failure.send_replace(Some(error.to_string()));
+            Verdict::Failed
+        })
+    }
+
+    /// Completes when the store takes nothing any more, with the reason.
+    pub async fn failed(&self) -> String {
+        let mut failures = self.failure.subscribe();
+        match failures.wait_for(Option::is_some).await.map(|reason| reason.clone()) {
+            Ok(Some(reason)) => reason,
+            // The sender lives as long as this.
+            _ => std::future::pending().await,
         }
     }
 

@@ -156,13 +156,7 @@ async fn handle(data: &Data, request: &PeerRequest) -> (PeerAnswer, Bytes) {
         PeerKind::Fetch => fetch(holder, request, &mut header).await,
         PeerKind::Query => query(holder, request),
         PeerKind::List => list(data, holder, request),
-        PeerKind::Flush => match holder.store().flush().await {
-            Ok(()) => Ok(Bytes::new()),
-            Err(error) => {
-                tracing::error!("a flush failed: {error}");
-                Err(Verdict::Failed)
-            }
-        },
+        PeerKind::Flush => holder.flush().await.map(|()| Bytes::new()),
         PeerKind::Hash => hash(data, holder, request).await,
         PeerKind::Repair => {
             data.repair_here(request.oid, request.epoch).await;

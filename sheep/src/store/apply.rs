@@ -153,7 +153,7 @@ impl Shared {
                 let staged = self.layout.object_incoming(record.disk, record.oid, record.extra);
                 match files.rename(&staged, &self.layout.object(record.disk, record.oid)) {
                     Err(error) if error.kind() == io::ErrorKind::NotFound => {
-                        self.lose(files, record, "its staged file")?
+                        self.lose(files, record, "its staged file")?;
                     }
                     other => other?,
                 }

@@ -74,6 +74,11 @@ impl Ticket {
         Ticket { state: TicketState::Done(result) }
     }
 
+    /// The ticket of a change that the store refused.
+    pub fn failed(error: StoreError) -> Ticket {
+        Ticket::done(Err(error))
+    }
+
     /// Whether waiting for it takes no time.
     pub fn is_done(&self) -> bool {
         matches!(self.state, TicketState::Done(_))

@@ -25,6 +25,9 @@ const FORMAT: u32 = 1;
 /// Header bytes before the header's own checksum; the rest of the block is zero.
 const HEADER_BYTES: usize = 60;
 
+/// Where the checksum table begins: after the header block.
+const TABLE_OFFSET: u64 = BLOCK_BYTES as u64;
+
 /// Largest object: 2 GiB, the most that a Sheepdog VDI may ask for.
 pub const OBJECT_BYTES_MAX: u64 = 1 << 31;
 
@@ -47,14 +50,9 @@ impl Geometry {
         self.size_bytes.div_ceil(BLOCK_BYTES as u64)
     }
 
-    /// Where the table begins: after the header block.
-    pub const fn table_offset(self) -> u64 {
-        BLOCK_BYTES as u64
-    }
-
     /// Where the content begins: after the padded table.
     pub const fn content_offset(self) -> u64 {
-        self.table_offset() + round_up(self.block_count() * 4)
+        TABLE_OFFSET + round_up(self.block_count() * 4)
     }
 
     /// Length of the file.
@@ -86,7 +84,7 @@ impl Header {
         block[28..32].copy_from_slice(&self.version.epoch.0.to_le_bytes());
         block[32..36].copy_from_slice(&self.version.stamp.generation.to_le_bytes());
         block[36..44].copy_from_slice(&self.version.stamp.sequence.to_le_bytes());
-        block[44..52].copy_from_slice(&geometry.table_offset().to_le_bytes());
+        block[44..52].copy_from_slice(&TABLE_OFFSET.to_le_bytes());
         block[52..60].copy_from_slice(&geometry.content_offset().to_le_bytes());
         let crc = crc32c(&block[..HEADER_BYTES]);
         block[HEADER_BYTES..HEADER_BYTES + 4].copy_from_slice(&crc.to_le_bytes());
@@ -272,7 +270,7 @@ impl ObjectFile {
             return Ok(piece);
         }
         let mut bytes = [0; BLOCK_BYTES];
-        let count = self.file.read_at(&mut bytes, self.geometry.table_offset() + (index * BLOCK_BYTES) as u64)?;
+        let count = self.file.read_at(&mut bytes, TABLE_OFFSET + (index * BLOCK_BYTES) as u64)?;
         if count < bytes.len() {
             // A file cut short: its header was checked, so this is damage. Entries that match nothing say so.
             bytes[count..].fill(0xa5);
@@ -405,7 +403,7 @@ impl ObjectFile {
 
     fn write_tags(&self, first: u64, tags: &[u32]) -> io::Result<()> {
         let bytes: Vec<u8> = tags.iter().flat_map(|tag| tag.to_le_bytes()).collect();
-        self.file.write_at(&[io::IoSlice::new(&bytes)], self.geometry.table_offset() + first * 4)?;
+        self.file.write_at(&[io::IoSlice::new(&bytes)], TABLE_OFFSET + first * 4)?;
         for (index, tag) in tags.iter().enumerate() {
             let block = first as usize + index;
             if let Some(piece) = self.pieces[block / PIECE_ENTRIES].get() {

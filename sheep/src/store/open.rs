@@ -92,12 +92,11 @@ impl Opening<'_> {
         self.make_dir(&meta)?;
         let lock = self.take_lock(&meta)?;
         let mut report = OpenReport::default();
-        let superblock = match self.read_superblock(&superblock_path)? {
-            Some(superblock) => superblock,
-            None => {
-                report.created = true;
-                self.create(&superblock_path)?
-            }
+        let superblock = if let Some(superblock) = self.read_superblock(&superblock_path)? {
+            superblock
+        } else {
+            report.created = true;
+            self.create(&superblock_path)?
         };
         let layout = self.layout(superblock)?;
         if self.config.sync {

@@ -102,7 +102,7 @@ impl Inner {
 
 impl View {
     /// The answer, if one unapplied payload is all of it.
-    fn from_last_patch(&self, range: Range) -> Option<Bytes> {
+    fn answer_of_last_patch(&self, range: Range) -> Option<Bytes> {
         let (offset, data) = self.patches.last()?;
         let covers = *offset <= range.offset && offset + data.len() as u64 >= range.end();
         covers.then(|| data.slice((range.offset - offset) as usize..(range.end() - offset) as usize))
@@ -135,7 +135,7 @@ impl Shared {
         if range.length == 0 {
             return Attempt::Done(Ok(Bytes::new()));
         }
-        if let Some(bytes) = view.from_last_patch(range) {
+        if let Some(bytes) = view.answer_of_last_patch(range) {
             return Attempt::Done(Ok(bytes));
         }
         match &view.under {
@@ -159,19 +159,18 @@ impl Shared {
                 Ok(view) => view,
                 Err(error) => return Attempt::Done(Err(error)),
             };
-            if let Some(bytes) = view.from_last_patch(range) {
+            if let Some(bytes) = view.answer_of_last_patch(range) {
                 return Attempt::Done(Ok(bytes));
             }
             match &view.under {
                 Under::Zeros => return Attempt::Done(Ok(view.finish(range, vec![0; range.aligned_bytes()]))),
                 Under::Unapplied(number) => return Attempt::Wait(*number),
                 Under::Closed(disk, size_bytes) => match self.handle(files, range.oid, *disk, *size_bytes) {
-                    // Look again: only a file that was open at the moment of the view belongs to it.
-                    Ok(Some(_)) => {}
                     Ok(None) if self.is_unchanged(range, &view) => {
                         return Attempt::Done(Err(ReadError::Corrupt { block: None }));
                     }
-                    Ok(None) => {}
+                    // Look again: only a file that was open at the moment of the view belongs to it.
+                    Ok(_) => {}
                     Err(error) => return Attempt::Done(Err(io_error(range.oid, &error))),
                 },
                 Under::Open(object) => {
@@ -277,5 +276,61 @@ impl Store {
             })
             .await;
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::store::{Durability, StoreConfig, Write, WriteKind};
+    use crate::world::World;
+    use sheep_core::stamp::{Epoch, Stamp, Version};
+
+    const SIZE: u64 = 300_000;
+    const OBJECTS: u64 = 3;
+
+    async fn write_many(store: Store, object: u64, writes: u64) {
+        for sequence in 1..writes {
+            let length = 1 + sequence * 7919 % 20_000;
+            let write = Write {
+                oid: Oid::from_raw(object),
+                version: Version { epoch: Epoch(1), stamp: Stamp { generation: 1, sequence } },
+                offset: sequence * 104_729 % (SIZE - length),
+                data: Bytes::from(vec![object as u8 + 1; length as usize]),
+                kind: if sequence % 100 == 1 { WriteKind::Create { size_bytes: SIZE } } else { WriteKind::Overwrite },
+                durability: if sequence % 3 == 0 { Durability::Durable } else { Durability::WriteBack },
+            };
+            let permit = store.admit(length).await;
+            store.submit(permit, write).unwrap().await.unwrap();
+        }
+    }
+
+    async fn read_many(store: Store, reads: u64) {
+        for count in 0..reads {
+            let object = count % OBJECTS;
+            let offset = count * 15_485_863 % (SIZE - 50_000);
+            match store.read(Oid::from_raw(object), offset, (count * 31 % 50_000) as usize).await {
+                Ok(bytes) => assert!(bytes.iter().all(|byte| *byte == 0 || *byte == object as u8 + 1)),
+                Err(error) => assert_eq!(error, ReadError::Missing),
+            }
+            tokio::task::yield_now().await;
+        }
+    }
+
+    #[test]
+    fn reads_beside_the_applier_never_take_a_write_for_damage() {
+        let dir = tempfile::tempdir().unwrap();
+        let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(3).enable_all().build().unwrap();
+        runtime.block_on(async {
+            let config = StoreConfig { journal_bytes: 8 << 20, ..StoreConfig::new(dir.path().join("store")) };
+            let store = Store::open(World::real(4).unwrap(), config).await.unwrap();
+            let mut tasks: Vec<_> =
+                (0..OBJECTS).map(|object| tokio::spawn(write_many(store.clone(), object, 1000))).collect();
+            tasks.extend((0..4).map(|_| tokio::spawn(read_many(store.clone(), 3000))));
+            for task in tasks {
+                task.await.unwrap();
+            }
+            store.close().await.unwrap();
+        });
     }
 }

@@ -286,7 +286,8 @@ impl Inner {
             self.timer_armed = true;
             due.timer = true;
         }
-        if !self.applying && !self.apply_blocked && !(self.apply_queue.is_empty() && self.unlinkable.is_empty()) {
+        let is_idle = self.apply_queue.is_empty() && self.unlinkable.is_empty();
+        if !(self.applying || self.apply_blocked || is_idle) {
             self.applying = true;
             due.apply = true;
         }

@@ -854,13 +854,11 @@ async fn run_jobs(queue: Arc<Mutex<Queue>>, files: Arc<SimFiles>) {
         }
         let job = {
             let mut queue = queue.lock().unwrap_or_else(PoisonError::into_inner);
-            match queue.jobs.pop_front() {
-                Some(job) => job,
-                None => {
-                    queue.running = false;
-                    return;
-                }
-            }
+            let Some(job) = queue.jobs.pop_front() else {
+                queue.running = false;
+                return;
+            };
+            job
         };
         if files.lock().generation != files.generation {
             return;

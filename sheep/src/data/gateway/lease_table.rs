@@ -66,15 +66,14 @@ impl LeaseTable {
 
 /// The lease of a VDI, taken if this gateway does not hold it.
 pub async fn acquire(data: &Data, vdi: VdiId) -> Result<Arc<Lease>, WriteError> {
-    if let Some(lease) = data.leases().held(vdi) {
+    if let Some(lease) = data.leases().held(vdi).filter(|lease| !lease.state().closed) {
         return Ok(lease);
     }
     let slot = data.leases().slot(vdi);
+    // Whoever closed the lease to drain it holds this until it is given back.
     let mut current = slot.lock().await;
-    if let (Some(lease), Some(held)) = (current.as_ref(), data.leases().held(vdi))
-        && lease.generation == held.generation
-    {
-        return Ok(held);
+    if let Some(lease) = data.leases().held(vdi).filter(|lease| !lease.state().closed) {
+        return Ok(lease);
     }
     loop {
         let command = Command::AcquireLease { vdi, node: data.node() };

@@ -79,6 +79,14 @@ async fn fetch_once(data: &Data, holder: &Arc<Holder>, oid: Oid, source: NodeId,
         }
         current = next;
     }
+    // A copy that got writes nobody else has (its writer died) may have a higher stamp than what was served meanwhile.
+    // It lost: it goes, whatever it holds.
+    if holder.store().entry(oid).is_some_and(|entry| entry.version.stamp > version.stamp)
+        && let Err(error) = holder.store().discard_corrupt(oid).await
+    {
+        tracing::warn!("cannot give up the copy of object {oid}: {error}");
+        return Outcome::Failed;
+    }
     match staged.install(Version { epoch, stamp: version.stamp }).await {
         Ok(()) => Outcome::Done,
         Err(error) => {

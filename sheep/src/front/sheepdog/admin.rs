@@ -23,6 +23,9 @@ const VNODES_SHOWN: f64 = 128.0;
 
 /// Carries out whatever is not about objects and VDIs.
 pub async fn run(front: &Front, opcode: Opcode, request: &Request, payload: &[u8]) -> Outcome {
+    if matches!(opcode, Opcode::GetNodeList | Opcode::ClusterInfo | Opcode::StatCluster | Opcode::MakeFs) {
+        see_everything(front).await;
+    }
     match opcode {
         Opcode::GetNodeList => Ok(node_list(front, request)),
         Opcode::ClusterInfo => cluster_info(front, request),
@@ -43,6 +46,15 @@ pub async fn run(front: &Front, opcode: Opcode, request: &Request, payload: &[u8
         Opcode::ClusterReport => report(front, request),
         // Known, but not served by this version.
         _ => Err(Status::NoSupport),
+    }
+}
+
+/// A person who started a node and asks another one about it must be told of it.
+async fn see_everything(front: &Front) {
+    match front.data.cluster().barrier().await {
+        Ok(state) => front.data.await_applied(state.applied).await,
+        // What is known here is still worth telling.
+        Err(error) => tracing::warn!("telling what is known here only: {error}"),
     }
 }
 
