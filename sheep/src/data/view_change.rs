@@ -105,8 +105,7 @@ fn close_lost_leases(data: &Data, view: &View) {
         let ours = granted.is_some_and(|g| g.generation <= lease.generation && g.holder == Some(data.node()));
         let not_seen_yet = granted.is_none_or(|granted| granted.generation < lease.generation);
         if !ours && !not_seen_yet {
-            lease.state().closed = true;
-            data.leases().forget(&lease);
+            fanout::lose(data, &lease, &mut lease.state());
         }
     }
 }

@@ -140,8 +140,14 @@ pub fn answered(data: &Data, lease: &Arc<Lease>, sequence: u64, node: NodeId, ep
     };
     if let Some(error) = error {
         if error == WriteError::Fenced {
-            state.closed = true;
-            data.leases().forget(lease);
+            lose(data, lease, &mut state);
+            return;
+        }
+        // Should other holders have taken it, this one's copy differs from theirs: it is compared and replaced.
+        if error != WriteError::NoSpace
+            && let Some(write) = state.under_way.get(&sequence)
+        {
+            data.ask_repair(node, write.request.oid, epoch);
         }
         finish(data, lease, &mut state, sequence, Err(error));
         return;
@@ -150,6 +156,18 @@ pub fn answered(data: &Data, lease: &Arc<Lease>, sequence: u64, node: NodeId, ep
     write.waiting.retain(|waiting| *waiting != node);
     if write.waiting.is_empty() {
         finish(data, lease, &mut state, sequence, Ok(()));
+    }
+}
+
+/// The lease is somebody else's, or nobody's: every write under way starts over under the next one. Holders that took it
+/// already get it once more, with a newer stamp.
+pub fn lose(data: &Data, lease: &Arc<Lease>, state: &mut LeaseState) {
+    state.closed = true;
+    state.lost = true;
+    data.leases().forget(lease);
+    let sequences: Vec<u64> = state.under_way.keys().copied().collect();
+    for sequence in sequences {
+        finish(data, lease, state, sequence, Err(WriteError::Fenced));
     }
 }
 
@@ -178,6 +196,9 @@ pub fn send_mark(data: &Data, lease: &Arc<Lease>) {
     let settled = {
         let mut state = lease.state();
         state.mark_due = false;
+        if state.lost {
+            return;
+        }
         state.settled()
     };
     let view = data.view();

@@ -46,6 +46,8 @@ pub struct LeaseState {
     pub links: HashMap<NodeId, u64>,
     /// No new write may begin: the lease is being given back, or was lost.
     pub closed: bool,
+    /// The lease was lost with writes under way: nothing may be called settled any more.
+    pub lost: bool,
     /// Whether the holders have yet to hear the last settled sequence.
     pub mark_due: bool,
 }
@@ -91,6 +93,7 @@ impl Lease {
                 by_object: HashMap::new(),
                 links: HashMap::new(),
                 closed: false,
+                lost: false,
                 mark_due: false,
             }),
             ended: Notify::new(),
