@@ -98,8 +98,8 @@ fn records(name: &str) -> Vec<Record> {
             b'<' => Direction::ToClient,
             other => panic!("{name}: direction {other:#x} at record {}", records.len()),
         };
-        let connection = u16::from_le_bytes(rest[1..3].try_into().unwrap());
-        let length = u32::from_le_bytes(rest[3..7].try_into().unwrap()) as usize;
+        let connection = u16::from_le_bytes([rest[1], rest[2]]);
+        let length = u32::from_le_bytes([rest[3], rest[4], rest[5], rest[6]]) as usize;
         records.push(Record { direction, connection, message: rest[7..7 + length].to_vec() });
         rest = &rest[7 + length..];
     }

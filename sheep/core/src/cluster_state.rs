@@ -184,14 +184,10 @@ impl ClusterState {
                 self.delete_vdi(name, Target::new(tag, *snapshot_id)).map_or_else(Outcome::Refused, Outcome::Vdi)
             }
             Command::EditVdi { vdi, edit } => self.edit_vdi(*vdi, edit).map_or_else(Outcome::Refused, Outcome::Vdi),
-            Command::Reclaimed { vdi } => {
-                if self.to_reclaim.remove(&vdi.get()) {
-                    self.leases.remove(&vdi.get());
-                    Outcome::Done
-                } else {
-                    Outcome::Refused(Refusal::NoEffect)
-                }
-            }
+            // The lease stays: objects of this VDI that others still refer to may have to be removed later, under stamps
+            // above those they have.
+            Command::Reclaimed { vdi } if self.to_reclaim.remove(&vdi.get()) => Outcome::Done,
+            Command::Reclaimed { .. } => Outcome::Refused(Refusal::NoEffect),
             Command::AcquireLease { vdi, node } => self.acquire_lease(*vdi, *node),
             Command::ReleaseLease { vdi, node, generation } => self.release_lease(*vdi, *node, *generation),
             Command::Shutdown => self.shutdown(),

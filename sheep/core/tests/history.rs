@@ -58,7 +58,7 @@ impl Story {
 }
 
 fn key() -> PlacementKey {
-    let vdi = VdiId::new(5).unwrap();
+    let vdi = VdiId::from_low_bits(5);
     placement_key(vdi, Oid::data(vdi, 7))
 }
 

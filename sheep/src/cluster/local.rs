@@ -2,7 +2,7 @@
 //!
 //! A process proves that it lives by a lock on `DIRECTORY/alive/<node id>`, which the kernel gives back however the process
 //! ends. Whoever finds the lock of a member free puts the eviction into the order; so nobody alive is ever evicted, and
-//! `kill -9` is noticed within one round of [`LIVENESS_INTERVAL`]. There is no quorum: the survivors go on, down to one.
+//! `kill -9` is noticed within one round of `LIVENESS_INTERVAL`. There is no quorum: the survivors go on, down to one.
 //!
 //! A crash can leave: a torn record at the end of the log (cut by the next append); a member in the state whose lock is
 //! free (evicted by the next process that looks); a directory that is gone while the stores remain (the first node

@@ -391,9 +391,7 @@ impl Holder {
                 }
                 Pending::Ticket(ticket, self.failure.clone())
             }
-            Err(SubmitError::Stopped(error)) => {
-                Pending::Ticket(Ticket::failed(error), self.failure.clone())
-            }
+            Err(SubmitError::Stopped(error)) => Pending::Ticket(Ticket::failed(error), self.failure.clone()),
             Err(error) => Pending::Now(verdict_of(&error)),
         }
     }

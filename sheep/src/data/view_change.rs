@@ -60,7 +60,7 @@ async fn enter(data: &Data, state: Arc<ClusterState>) {
         save(data, &view).await;
     }
     data.views().send_replace(view.clone());
-    close_lost_leases(data, &view);
+    close_lost_leases(data, &view, view.state.cluster_id != previous.state.cluster_id);
     if epoch_changed {
         for lease in data.leases().all() {
             let mut state = lease.state();
@@ -98,13 +98,14 @@ async fn save(data: &Data, view: &View) {
     }
 }
 
-/// A lease that the state gives to somebody else, or to nobody, is over.
-fn close_lost_leases(data: &Data, view: &View) {
+/// A lease that the state gives to somebody else, or to nobody, is over; so are all those of a cluster that was formatted
+/// anew.
+fn close_lost_leases(data: &Data, view: &View, formatted: bool) {
     for lease in data.leases().all() {
         let granted = view.state.leases.get(&lease.vdi.get());
         let ours = granted.is_some_and(|g| g.generation <= lease.generation && g.holder == Some(data.node()));
         let not_seen_yet = granted.is_none_or(|granted| granted.generation < lease.generation);
-        if !ours && !not_seen_yet {
+        if formatted || (!ours && !not_seen_yet) {
             fanout::lose(data, &lease, &mut lease.state());
         }
     }

@@ -282,7 +282,7 @@ impl Inner {
 }
 
 impl Store {
-    /// Whether space is so low that gateways should stop sending writes here: [`NEARLY_FULL_BYTES`] before one has to be
+    /// Whether space is so low that gateways should stop sending writes here: `NEARLY_FULL_BYTES` before one has to be
     /// refused, which would leave the copies of an object different. From the last look at the disks.
     pub fn is_nearly_full(&self) -> bool {
         let inner = self.shared.lock();

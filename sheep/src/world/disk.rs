@@ -1,7 +1,7 @@
 //! Files, and the threads that may block on them.
 //!
 //! [`Files`] and [`File`] are the blocking calls a store needs; they are called from closures given to
-//! [`Disk::run`], never from an async task, with one exception that cannot block: [`File::read_cached`].
+//! [`run`], never from an async task, with one exception that cannot block: [`File::read_cached`].
 //! The simulator implements the same traits over memory, with torn, lost and rotten sectors.
 //!
 //! Durability is as POSIX gives it: written bytes survive a process crash at once, a power loss only after

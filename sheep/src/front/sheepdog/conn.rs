@@ -1,7 +1,7 @@
 //! One client connection: decode, look at the fast cases, run the others side by side, answer as they end.
 //!
 //! Write path 1 of 6; next: data/gateway/write.rs. A client that sends faster than it is served is no longer read once
-//! [`UNDER_WAY_BYTES_MAX`] are under way; bytes that are no request end the connection and harm nobody else.
+//! `UNDER_WAY_BYTES_MAX` are under way; bytes that are no request end the connection and harm nobody else.
 
 use std::sync::Arc;
 
