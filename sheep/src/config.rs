@@ -9,8 +9,10 @@ use std::path::PathBuf;
 use clap::{Arg, ArgAction, Command};
 use sheep_core::units::parse_size;
 
-use crate::store::{JOURNAL_BYTES_DEFAULT, JOURNAL_BYTES_MIN};
+use crate::store::JOURNAL_BYTES_DEFAULT;
 
+/// The smallest journal that may be asked for: the ancestor's. Much less would be full before a flush is over.
+const JOURNAL_MIB_MIN: u64 = 64;
 /// Default client port: the ancestor's.
 const PORT_DEFAULT: u16 = 7000;
 /// Default store directory: the ancestor's.
@@ -83,7 +85,9 @@ pub struct Usage(pub String);
 
 fn definition() -> Command {
     let value = |short: char, long: &'static str, name: &'static str, help: &'static str| {
-        Arg::new(long).short(short).long(long).value_name(name).help(help).action(ArgAction::Set)
+        // The word after the option is its value, whatever it looks like: `-p -1` is a wrong port, not an option.
+        let arg = Arg::new(long).short(short).long(long).value_name(name).help(help).action(ArgAction::Set);
+        arg.allow_hyphen_values(true)
     };
     let flag = |short: char, long: &'static str, help: &'static str| {
         Arg::new(long).short(short).long(long).help(help).action(ArgAction::SetTrue)
@@ -278,8 +282,8 @@ fn parse_journal(text: Option<&str>) -> Result<Journal, Usage> {
         match part.split_once('=') {
             Some(("size", size)) => {
                 journal.bytes = parse_size(size).map_err(|_| Usage(format!("invalid size {size}")))?;
-                if journal.bytes < JOURNAL_BYTES_MIN {
-                    return Err(Usage(format!("invalid size {size}, must be at least {}(M)", JOURNAL_BYTES_MIN >> 20)));
+                if journal.bytes < JOURNAL_MIB_MIN << 20 {
+                    return Err(Usage(format!("invalid size {size}, must be at least {JOURNAL_MIB_MIN}(M)")));
                 }
             }
             Some(("dir", dir)) => journal.dir = Some(absolute(dir)?),
@@ -367,11 +371,12 @@ mod tests {
             ("-p 0 /d", "Invalid port number '0'"),
             ("-p 42a /d", "Invalid port number '42a'"),
             ("-p 65536 /d", "Invalid port number '65536'"),
+            ("-p -1 /d", "Invalid port number '-1'"),
             ("-b nonsense /d", "Bad address 'nonsense'"),
             ("-z x /d", "Invalid zone id 'x': must be an integer between 0 and 4294967295"),
             ("-l level=loud /d", "Invalid log level 'loud'"),
             ("-l dst=moon /d", "invalid type of log destination: moon"),
-            ("-j size=1M /d", "invalid size 1M, must be at least 8(M)"),
+            ("-j size=1M /d", "invalid size 1M, must be at least 64(M)"),
             ("-c corosync /d", "Invalid cluster driver 'corosync'"),
             ("-q /d", "sheep: invalid option -- 'q'"),
         ] {

@@ -100,10 +100,11 @@ fn run(config: &Config, in_background: bool) -> ExitCode {
 
 fn serve(config: &Config, in_background: bool) -> anyhow::Result<()> {
     let world = World::real(DISK_THREADS)?;
-    let pid_file = config.pid_file.as_deref().map(PidFile::take).transpose()?;
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
     runtime.block_on(async {
         let store = Node::open_store(&world, config).await?;
+        // After the store: whoever starts a node twice is told that, and not of the pid file.
+        let pid_file = config.pid_file.as_deref().map(PidFile::take).transpose()?;
         start_log(config)?;
         let node = Node::start(world, config, store).await?;
         if in_background {

@@ -106,7 +106,16 @@ impl Node {
     /// Leaves at once because the store failed: the others go on with their copies.
     pub async fn give_up(self) {
         self.cluster.leave().await;
-        let _ = std::fs::remove_file(&self.socket);
+        self.remove_socket().await;
+    }
+
+    /// What is left of it after a crash, the next start replaces.
+    async fn remove_socket(&self) {
+        let socket = self.socket.clone();
+        let removed = crate::world::disk::run(&self.world.disk, move |files| files.remove_file(&socket));
+        if let Err(error) = removed.await {
+            tracing::warn!("cannot remove the socket {}: {error}", self.socket.display());
+        }
     }
 
     /// Leaves: writes under way end, leases go back, everything is flushed, the others are told, the store is closed.
@@ -133,7 +142,7 @@ impl Node {
         {
             tracing::error!("the store was not closed in order ({error}): the next start replays its journal");
         }
-        let _ = std::fs::remove_file(&self.socket);
+        self.remove_socket().await;
     }
 }
 

@@ -10,7 +10,8 @@ use anyhow::{Context, Result, ensure};
 /// Replaces moments of time by their forms, of the same width where a table has them.
 ///
 /// `2026-11-21 05:11` becomes `YYYY-MM-DD HH:MM` (seconds likewise), `Sat Nov 21 05:10:53 2026` becomes
-/// `Www Mmm dd HH:MM:SS YYYY`, and a number of ten digits, which raw output has for seconds, becomes `SECONDS`.
+/// `Www Mmm dd HH:MM:SS YYYY`, and a number of ten digits that is a moment of these decades in seconds, as raw output has
+/// it, becomes `SECONDS`. (A size of some GiB may have ten digits as well.)
 pub fn without_times(text: &str) -> String {
     const FORMS: &[(&str, &str)] = &[
         ("9999-99-99 99:99:99", "YYYY-MM-DD HH:MM:SS"),
@@ -24,6 +25,7 @@ pub fn without_times(text: &str) -> String {
     while let Some(first) = rest.chars().next() {
         let after_digit = out.ends_with(|last: char| last.is_ascii_digit());
         let form = FORMS.iter().find(|(form, _)| !after_digit && has_form(rest, form));
+        let form = form.filter(|(form, name)| *name != "SECONDS" || is_recent(&rest[..form.len()]));
         if let Some((form, name)) = form {
             out.push_str(name);
             rest = &rest[form.len()..];
@@ -33,6 +35,11 @@ pub fn without_times(text: &str) -> String {
         }
     }
     out
+}
+
+/// Whether a number of seconds since 1970 lies between November 2023 and the end of 2033.
+fn is_recent(seconds: &str) -> bool {
+    seconds.parse().is_ok_and(|seconds: u64| (1_700_000_000..2_020_000_000).contains(&seconds))
 }
 
 /// Whether `text` begins with `form`: `9` stands for a digit, `A` and `a` for letters, all else for itself. A digit
@@ -78,5 +85,6 @@ mod tests {
         assert_eq!(without_times("at Sun Nov  1 05:10:53 2026\n"), "at Www Mmm dd HH:MM:SS YYYY\n");
         assert_eq!(without_times("41943040 1795237889 12"), "41943040 SECONDS 12");
         assert_eq!(without_times("12345678901 x"), "12345678901 x");
+        assert_eq!(without_times("1073741824 2147483648"), "1073741824 2147483648");
     }
 }

@@ -378,6 +378,19 @@ fn a_node_leaves_when_asked() -> Result<()> {
     cluster.finish()
 }
 
+/// A process of its own session, known by its pid file; killed if a failed test leaves it behind.
+struct Daemon(std::path::PathBuf);
+
+impl Drop for Daemon {
+    fn drop(&mut self) {
+        let pid = std::fs::read_to_string(&self.0).ok().and_then(|text| text.trim().parse().ok());
+        if let Some(pid) = pid.and_then(rustix::process::Pid::from_raw) {
+            // It may have ended since.
+            let _ = rustix::process::kill_process(pid, rustix::process::Signal::KILL);
+        }
+    }
+}
+
 #[test]
 fn a_daemon_serves_when_its_parent_returns() -> Result<()> {
     let cluster = ClusterPlan::new(1).start_formatted(1)?;
@@ -392,6 +405,7 @@ fn a_daemon_serves_when_its_parent_returns() -> Result<()> {
         command::run(&mut sheep, DOG_DEADLINE)
     };
     start(port)?.ok()?;
+    let _ends_with_the_test = Daemon(pid_file.clone());
     // No waiting: the parent has returned, so the node serves.
     ensure!(Client::tcp(port)?.node_count()? == 2, "the daemon is a member when its parent returns");
     ensure!(Client::unix(&store.join("sock"))?.node_count()? == 2, "and serves the unix socket");

@@ -54,7 +54,7 @@ fn qemu52_creates_every_kind_of_volume() -> Result<()> {
         let rows = listed(&cluster, name)?;
         ensure!(rows.len() == 1, "{name}: {rows:?}");
         let row = &rows[0];
-        ensure!(row[3] == size_bytes.to_string() && row[7] == copies && row[9] == shift, "{name}: {row:?}");
+        ensure!(row[3] == size_bytes.to_string() && row[8] == copies && row[10] == shift, "{name}: {row:?}");
         if (20 * MIB..1 << 40).contains(&size_bytes) {
             let last = size_bytes - 65536;
             qemu.io(&url, &[], &["write -P 17 0 65536", &format!("write -P 34 {last} 65536")])?;
@@ -173,7 +173,7 @@ fn working_id(cluster: &Cluster, name: &str) -> Result<String> {
     let rows = listed(cluster, name)?;
     let working: Vec<&Vec<String>> = rows.iter().filter(|row| row[2] == "0").collect();
     ensure!(working.len() == 1, "one working volume: {rows:?}");
-    Ok(working[0][6].clone())
+    Ok(working[0][7].clone())
 }
 
 #[test]
@@ -234,7 +234,7 @@ fn qemu52_clones_a_snapshot() -> Result<()> {
     let snapshot = tcp_url(cluster.node(0), "base#golden");
     // -u: without it this qemu-img frees its memory twice after the clone was made.
     qemu.img(&["create", "-u", "-b", &snapshot, "-F", "sheepdog", &clone, "16M"])?.ok()?;
-    ensure!(listed(&cluster, "clone")?[0][9] == "21", "{:?}", listed(&cluster, "clone")?);
+    ensure!(listed(&cluster, "clone")?[0][10] == "21", "{:?}", listed(&cluster, "clone")?);
     qemu.io(&clone, &[], &["read -P 1 0 8M", "write -P 5 4096 4096", "write -P 5 12M 2M"])?;
     qemu.io(&clone, &["-r"], &["read -P 1 0 4096", "read -P 5 4096 4096", "read -P 1 8192 4096", "read -P 5 12M 2M"])?;
     qemu.io(&base, &["-r"], &["read -P 1 0 8M", "read -P 0 8M 8M"])?;

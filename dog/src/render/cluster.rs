@@ -10,7 +10,8 @@ use crate::requests::Node;
 impl Show for State {
     fn table(&self, style: &Style, out: &mut Vec<u8>) {
         put(out, format_args!("Cluster status: {}\n", self.status));
-        for line in &self.waiting {
+        // Before the format the status says it all, and scripts expect nothing else.
+        for line in self.waiting.iter().filter(|_| self.formatted.is_some()) {
             put(out, format_args!("  {line}\n"));
         }
         self.put_strategies(out);
@@ -175,8 +176,7 @@ mod tests {
         let mut state = State { status, formatted: None, epochs: Vec::new(), ..state() };
         assert_eq!(both(&state).0, "Cluster status: Waiting for cluster to be formatted\n\n");
         state.waiting = vec!["for 'dog cluster format'".to_owned()];
-        let expected = "Cluster status: Waiting for cluster to be formatted\n  for 'dog cluster format'\n\n";
-        assert_eq!(both(&state).0, expected);
+        assert_eq!(both(&state).0, "Cluster status: Waiting for cluster to be formatted\n\n");
         assert_eq!(state.json().expect("JSON")["waiting"][0], "for 'dog cluster format'");
     }
 }

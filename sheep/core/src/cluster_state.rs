@@ -100,8 +100,13 @@ pub enum Phase {
     Unformatted,
     /// Serving.
     Running,
-    /// Restarted from what one node remembered; these members of the last epoch have not come back yet.
-    Waiting(BTreeSet<NodeId>),
+    /// Restarted after everybody stopped. Not serving, and no new epoch, until these members of the last epoch are back.
+    Waiting {
+        /// Who has to come back.
+        missing: BTreeSet<NodeId>,
+        /// Whether they were shut down together: then the last epoch simply goes on once all are back.
+        orderly: bool,
+    },
     /// Stopped by the operator.
     Shutdown,
 }
@@ -248,14 +253,33 @@ impl ClusterState {
         self.evict(member.id, time);
         let since = if self.phase == Phase::Unformatted { Epoch(0) } else { self.epoch.next() };
         self.members.insert(member.id, EpochMember { member: member.clone(), since });
-        if let Phase::Waiting(missing) = &mut self.phase {
+        if let Phase::Waiting { missing, .. } = &mut self.phase {
             missing.remove(&member.id);
             if missing.is_empty() {
-                self.phase = Phase::Running;
+                self.resume(time);
+            }
+        } else {
+            self.members_changed(time);
+        }
+        Outcome::Done
+    }
+
+    /// Everybody who was waited for is back.
+    fn resume(&mut self, time: u64) {
+        let orderly = matches!(self.phase, Phase::Waiting { orderly: true, .. });
+        self.phase = Phase::Running;
+        let Some(last) =
+            self.epochs.last().filter(|last| orderly && last.ring_members() == ring_members(&self.members))
+        else {
+            self.members_changed(time);
+            return;
+        };
+        // The same members after an orderly stop: nothing moved and nothing was missed, the epoch goes on.
+        for (node, before) in &last.members {
+            if let Some(member) = self.members.get_mut(node) {
+                member.since = before.since;
             }
         }
-        self.members_changed(time);
-        Outcome::Done
     }
 
     fn evict(&mut self, node: NodeId, time: u64) -> Outcome {
@@ -263,7 +287,15 @@ impl ClusterState {
             return Outcome::Refused(Refusal::NoEffect);
         }
         self.drop_leases_of(node);
-        self.members_changed(time);
+        let needed =
+            self.epochs.last().and_then(|last| last.members.get(&node)).is_some_and(|m| !m.member.is_gateway());
+        if let Phase::Waiting { missing, .. } = &mut self.phase {
+            if needed {
+                missing.insert(node);
+            }
+        } else {
+            self.members_changed(time);
+        }
         Outcome::Done
     }
 
@@ -347,22 +379,22 @@ impl ClusterState {
             self.members.clear();
             return self;
         }
-        let missing: BTreeSet<NodeId> = match &self.phase {
-            // Still waiting since the last start: whoever came back in between has to come back again.
-            Phase::Waiting(missing) => missing.iter().chain(self.members.keys()).copied().collect(),
-            _ => self.members.values().filter(|m| !m.member.is_gateway()).map(|m| m.member.id).collect(),
-        };
+        // Still waiting since the last start: whoever came back in between has to come back again.
+        let orderly = matches!(self.phase, Phase::Shutdown | Phase::Waiting { orderly: true, .. });
+        let last = self.epochs.last().map(|last| &last.members);
+        let storing = last.into_iter().flat_map(|members| members.values()).filter(|m| !m.member.is_gateway());
+        let missing: BTreeSet<NodeId> = storing.map(|m| m.member.id).collect();
         self.members.clear();
         for lease in self.leases.values_mut() {
             lease.holder = None;
         }
-        self.phase = if missing.is_empty() { Phase::Running } else { Phase::Waiting(missing) };
+        self.phase = if missing.is_empty() { Phase::Running } else { Phase::Waiting { missing, orderly } };
         self
     }
 
     fn force_recover(&mut self, time: u64) -> Outcome {
         match self.phase {
-            Phase::Waiting(_) => {}
+            Phase::Waiting { .. } => {}
             Phase::Running if self.clean < self.epoch => {}
             _ => return Outcome::Refused(Refusal::NoEffect),
         }
@@ -383,7 +415,7 @@ impl ClusterState {
         match self.phase {
             Phase::Running => Ok(()),
             Phase::Unformatted => Err(Refusal::NotFormatted),
-            Phase::Waiting(_) | Phase::Shutdown => Err(Refusal::Waiting),
+            Phase::Waiting { .. } | Phase::Shutdown => Err(Refusal::Waiting),
         }
     }
 

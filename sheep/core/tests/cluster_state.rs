@@ -173,7 +173,7 @@ fn a_lease_has_one_holder_and_its_generation_only_goes_up() {
 #[test]
 fn a_restart_from_memory_waits_for_the_members_of_the_last_epoch() {
     let mut state = formatted(3).restarted();
-    assert!(matches!(&state.phase, Phase::Waiting(missing) if missing.len() == 3));
+    assert!(matches!(&state.phase, Phase::Waiting { missing, .. } if missing.len() == 3));
     state.apply(&join(2));
     state.apply(&join(1));
     assert_eq!(state.apply(&new_vdi("vm", None, false, None)), Outcome::Refused(Refusal::Waiting));
@@ -183,6 +183,32 @@ fn a_restart_from_memory_waits_for_the_members_of_the_last_epoch() {
     forced.apply(&join(1));
     assert_eq!(forced.apply(&Command::ForceRecover { time: 1 }), Outcome::Done);
     assert!(forced.is_running());
+}
+
+#[test]
+fn after_an_orderly_stop_the_epoch_goes_on_once_all_are_back() {
+    let mut state = formatted(3);
+    state.apply(&Command::Shutdown);
+    assert_eq!(state.apply(&join(1)), Outcome::Refused(Refusal::Waiting));
+    let mut back = state.clone().restarted();
+    for node in [3, 1] {
+        back.apply(&join(node));
+        assert!(!back.is_running());
+    }
+    // One of them dies again while the others are waited for.
+    back.apply(&Command::Evict { node: NodeId(3), time: 1 });
+    back.apply(&join(2));
+    assert!(!back.is_running());
+    back.apply(&join(3));
+    assert!(back.is_running());
+    assert_eq!((back.epoch, back.clean), (Epoch(1), Epoch(1)), "nothing moved");
+    assert_eq!(back.members[&NodeId(3)].since, Epoch(1));
+    // With a newcomer there is one new epoch, not one per node.
+    let mut grown = state.restarted();
+    for node in [1, 2, 4, 3] {
+        grown.apply(&join(node));
+    }
+    assert_eq!((grown.epoch, grown.clean), (Epoch(2), Epoch(1)));
 }
 
 #[test]

@@ -14,7 +14,7 @@ impl Data {
         let mut sentences = Vec::new();
         match &view.state.phase {
             Phase::Unformatted => sentences.push("format the cluster: dog cluster format".to_string()),
-            Phase::Waiting(missing) => {
+            Phase::Waiting { missing, .. } => {
                 for node in missing {
                     sentences.push(format!(
                         "start node {node}, a member of the last epoch, or go on without it: dog cluster recover force"

@@ -68,9 +68,10 @@ async fn enter(data: &Data, state: Arc<ClusterState>) {
                 fanout::resend_all(data, &lease, &mut state, &view);
             }
         }
-        if view.state.is_running() {
-            tokio::spawn(recovery::run(data.clone(), view.epoch()));
-        }
+    }
+    // After an orderly stop of everybody the epoch goes on: it is the start of serving then that begins the comparison.
+    if view.state.is_running() && (epoch_changed || !previous.state.is_running()) {
+        tokio::spawn(recovery::run(data.clone(), view.epoch()));
     }
     reclaim::start_if_due(data, &view);
     if view.state.clean == view.epoch() && view.state.is_running() && previous.state.clean != view.state.clean {

@@ -1,5 +1,7 @@
 //! Group commit: admission to the journal, batches, and the news that something is durable.
 //!
+//! Write path 6 of 6.
+//!
 //! Always holds:
 //! 1. A batch goes to the journal only if it fits beside everything that is not checkpointed.
 //! 2. While one batch is being flushed, new records gather for the next; an idle journal never waits for company.

@@ -123,7 +123,7 @@ pub struct StoreSpace {
 #[derive(Debug, thiserror::Error)]
 pub enum OpenError {
     /// Another process has it.
-    #[error("{}: another sheep is using this directory; stop it first, or give this one another directory", .path.display())]
+    #[error("{}: another sheep daemon is using this directory; stop it first, or give this one another directory", .path.display())]
     InUse {
         /// META.
         path: PathBuf,

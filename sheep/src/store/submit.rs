@@ -1,5 +1,7 @@
 //! Where changes enter: checked against the entry they meet, put in order, made visible to reads.
 //!
+//! Write path 5 of 6; next: store/commit.rs.
+//!
 //! Always holds:
 //! 1. The order of `submit` calls is the order of the journal and of application.
 //! 2. A refused change leaves no trace.

@@ -1,5 +1,7 @@
 //! One write to all its holders at once, until all of them have it.
 //!
+//! Write path 3 of 6; next: data/peer.rs (and for the copy on this node store/submit.rs).
+//!
 //! Everything here runs under the lease's lock and never waits: messages are queued, answers come back as calls of
 //! [`answered`]. After an epoch change or a broken link everything unanswered is sent again before anything new
 //! (invariant 1 of `lease`); holders that have a write already say so, because its stamp is not above the object's.

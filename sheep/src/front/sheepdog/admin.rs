@@ -110,7 +110,7 @@ fn cluster_info(front: &Front, request: &Request) -> Outcome {
         copy_policy: 0,
         status: match state.phase {
             Phase::Running => 1,
-            Phase::Unformatted | Phase::Waiting(_) => 2,
+            Phase::Unformatted | Phase::Waiting { .. } => 2,
             Phase::Shutdown => 3,
         },
         block_size_shift: state.settings.object_size_shift,
@@ -131,7 +131,7 @@ fn status_of(phase: &Phase) -> Status {
     match phase {
         Phase::Running => Status::Success,
         Phase::Unformatted => Status::WaitForFormat,
-        Phase::Waiting(_) => Status::WaitForJoin,
+        Phase::Waiting { .. } => Status::WaitForJoin,
         Phase::Shutdown => Status::Shutdown,
     }
 }

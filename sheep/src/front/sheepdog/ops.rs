@@ -84,7 +84,7 @@ fn refusal(front: &Front, request: &Request) -> Option<Status> {
         Phase::Running => None,
         _ if runs_always(opcode) => None,
         Phase::Unformatted => Some(Status::WaitForFormat),
-        Phase::Waiting(_) => Some(Status::WaitForJoin),
+        Phase::Waiting { .. } => Some(Status::WaitForJoin),
         Phase::Shutdown => Some(Status::Shutdown),
     }
 }
@@ -135,6 +135,8 @@ async fn dispatch(front: &Front, opcode: Opcode, request: &Request, payload: Byt
         }
         (O::DelVdi, RequestBody::Vdi(body)) if writes(request) => vdis::delete(front, body, &payload).await,
         (O::GetVdiAttr, RequestBody::Vdi(_)) if writes(request) => vdis::attribute(front, request, &payload).await,
+        // Without the flag no name came along.
+        (O::NewVdi | O::LockVdi | O::GetVdiInfo | O::DelVdi | O::GetVdiAttr, _) => Err(Status::InvalidParms),
         (O::ReleaseVdi, _) => Ok(Reply::done()),
         (O::ReadVdis, _) => vdis::bitmap(front, request, |_| true),
         (O::ReadDelVdis, _) => vdis::bitmap(front, request, |vdi| vdi.deleted),
