@@ -66,6 +66,8 @@ pub enum PeerKind {
     Repair = 12,
     /// Space figures and recovery progress of the node; payload of the answer is text.
     Report = 13,
+    /// Objects that a lost writer left half-written, as far as the asked node saw; payload: object ids of 8 bytes.
+    Suspects = 14,
 }
 
 impl PeerKind {
@@ -85,6 +87,7 @@ impl PeerKind {
             K::Hash,
             K::Repair,
             K::Report,
+            K::Suspects,
         ]
         .into_iter()
         .find(|kind| *kind as u8 == code)
@@ -97,10 +100,8 @@ pub const FLAG_CREATE: u8 = 1;
 pub const FLAG_COPY: u8 = 2;
 /// Request flag: answer only when durable.
 pub const FLAG_DURABLE: u8 = 4;
-/// Request flag: the sender does not hold the VDI's lease, so it must not see what is not settled.
-pub const FLAG_FOREIGN: u8 = 8;
 /// Request flag: wait until the copy is current instead of answering `NotCurrent`.
-pub const FLAG_WAIT: u8 = 16;
+pub const FLAG_WAIT: u8 = 8;
 
 /// One request's header.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]

@@ -46,7 +46,7 @@ pub async fn check_object(data: &Data, oid: Oid) -> Option<CheckResult> {
             result.good += 1;
             continue;
         }
-        repair_on(data, &view, *node, oid).await;
+        data.repair_on(*node, oid, view.epoch()).await;
         if hash_on(data, &view, *node, oid).await.as_ref() == Ok(&best) {
             result.repaired += 1;
             result.good += 1;
@@ -84,15 +84,4 @@ async fn hash_on(data: &Data, view: &View, node: NodeId, oid: Oid) -> Result<Byt
         Ok((answer, _)) => Err(answer.verdict),
         Err(_) => Err(Verdict::Busy),
     }
-}
-
-async fn repair_on(data: &Data, view: &View, node: NodeId, oid: Oid) {
-    if node == data.node() {
-        data.repair_here(oid, view.epoch()).await;
-        return;
-    }
-    let mut request = PeerRequest::new(PeerKind::Repair, view.epoch(), data.node());
-    request.oid = oid;
-    // Whether it worked is seen by comparing again.
-    let _ = data.links().call(node, request, Bytes::new(), PATIENCE).await;
 }

@@ -11,14 +11,14 @@
 //! 3. A foreign reader (not the lease holder) sees only what is on all holders, so what it saw cannot be taken back by a
 //!    crash.
 
-use std::collections::{HashMap, HashSet, VecDeque};
+use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use bytes::Bytes;
 use qemu_proto::oid::{Oid, VdiId};
 use sheep_core::cluster_state::ClusterState;
 use sheep_core::member::NodeId;
-use sheep_core::peer_message::{FLAG_COPY, FLAG_CREATE, FLAG_DURABLE, FLAG_FOREIGN, PeerKind, PeerRequest, Verdict};
+use sheep_core::peer_message::{FLAG_COPY, FLAG_CREATE, FLAG_DURABLE, PeerKind, PeerRequest, Verdict};
 use sheep_core::stamp::{Epoch, Stamp, Version};
 use tokio::sync::{Notify, oneshot, watch};
 
@@ -45,6 +45,13 @@ struct State {
     /// Objects that a writer left half-written, or whose copy here is damaged: not current until compared, whatever the
     /// fields above say.
     suspects: HashSet<Oid>,
+    /// Those of `suspects` that this node knew of when the epoch began: what it tells the others when they ask.
+    told: Vec<Oid>,
+    /// VDIs whose writer was lost with this epoch, until everybody has told what it left half-written: a holder that
+    /// missed the writer's last write cannot know of it by itself.
+    unsure: HashSet<VdiId>,
+    /// The cluster was formatted and the old objects are not gone yet: nothing is taken.
+    wiping: bool,
     /// Copies found damaged: they count as absent until they are replaced.
     damaged: HashSet<Oid>,
     /// Compared (and fetched) in this epoch.
@@ -58,10 +65,42 @@ struct State {
 #[derive(Default)]
 struct Marks {
     generation: u32,
+    /// Who holds the lease.
+    writer: Option<NodeId>,
     /// Every write up to this is on all holders.
     settled: u64,
-    /// Writes above it, ascending.
-    recent: VecDeque<(u64, Oid)>,
+    /// Objects whose last write here is above that, by its sequence, and the other way round: as many as there are
+    /// objects, however long one write takes.
+    unsettled: BTreeMap<u64, Oid>,
+    last_write: HashMap<Oid, u64>,
+}
+
+impl Marks {
+    fn note_write(&mut self, sequence: u64, oid: Oid) {
+        // A write that arrives once more may have been settled meanwhile.
+        if sequence <= self.settled || self.last_write.get(&oid).is_some_and(|last| *last >= sequence) {
+            return;
+        }
+        if let Some(earlier) = self.last_write.insert(oid, sequence) {
+            self.unsettled.remove(&earlier);
+        }
+        self.unsettled.insert(sequence, oid);
+    }
+
+    fn note_settled(&mut self, settled: u64) {
+        self.settled = self.settled.max(settled);
+        while let Some(first) = self.unsettled.first_entry() {
+            if *first.key() > self.settled {
+                break;
+            }
+            self.last_write.remove(&first.remove());
+        }
+    }
+
+    fn take_unsettled(&mut self) -> impl Iterator<Item = Oid> {
+        self.last_write.clear();
+        std::mem::take(&mut self.unsettled).into_values()
+    }
 }
 
 struct Parked {
@@ -113,6 +152,9 @@ impl Holder {
             recovering: true,
             continued: false,
             suspects: HashSet::new(),
+            told: Vec::new(),
+            unsure: HashSet::new(),
+            wiping: false,
             damaged: HashSet::new(),
             confirmed: HashSet::new(),
             parked: HashMap::new(),
@@ -176,8 +218,21 @@ impl Holder {
         if !state.continued {
             state.suspects.clear();
         }
-        let suspects = take_suspects(&mut state.marks, &view.state);
-        state.suspects.extend(suspects);
+        let lost = lost_writers(&state.view.state, &view.state);
+        let mut told = Vec::new();
+        for (vdi, marks) in &mut state.marks {
+            let held = view.state.leases.get(&vdi.get()).is_some_and(|lease| {
+                // A writer that is still there sends again what was under way.
+                lease.generation == marks.generation && lease.holder.is_some()
+            });
+            if !held || lost.contains(vdi) {
+                told.extend(marks.take_unsettled());
+            }
+        }
+        state.suspects.extend(told.iter().copied());
+        state.told = told;
+        state.unsure = lost;
+        state.wiping = false;
         state.recovering = true;
         state.confirmed.clear();
         // Dropping the parked writes answers `OldEpoch`: their gateway sends them again in this epoch.
@@ -190,6 +245,30 @@ impl Holder {
     /// Objects that must be compared before anything else is: a writer left them half-written.
     pub fn suspects(&self) -> Vec<Oid> {
         self.state().suspects.iter().copied().collect()
+    }
+
+    /// What this node tells the others about half-written objects of `epoch`.
+    pub fn told(&self, epoch: Epoch) -> Option<Vec<Oid>> {
+        let state = self.state();
+        (state.view.epoch() == epoch).then(|| state.told.clone())
+    }
+
+    /// Whether a writer was lost with this epoch, so that the others must be asked.
+    pub fn is_unsure(&self) -> bool {
+        !self.state().unsure.is_empty()
+    }
+
+    /// Everybody has told what lost writers left half-written.
+    pub fn heard_suspects(&self, epoch: Epoch, suspects: impl IntoIterator<Item = Oid>) {
+        let mut state = self.state();
+        if state.view.epoch() != epoch {
+            return;
+        }
+        let state = &mut *state;
+        // What was compared in this epoch already was compared with everybody.
+        state.suspects.extend(suspects.into_iter().filter(|oid| !state.confirmed.contains(oid)));
+        state.unsure.clear();
+        self.changed.notify_waiters();
     }
 
     /// Whether this node's copy of an object (or its absence) is the newest there is.
@@ -211,6 +290,14 @@ impl Holder {
         state.suspects.remove(&oid);
         state.confirmed.insert(oid);
         self.unpark(&mut state, oid);
+        let copies_of_it = |parked: &VecDeque<Parked>| {
+            parked.front().is_some_and(|first| first.request.has(FLAG_COPY) && first.request.source == oid)
+        };
+        let waiting: Vec<Oid> =
+            state.parked.iter().filter(|(_, parked)| copies_of_it(parked)).map(|(target, _)| *target).collect();
+        for target in waiting {
+            self.unpark(&mut state, target);
+        }
         drop(state);
         self.changed.notify_waiters();
     }
@@ -219,6 +306,11 @@ impl Holder {
     fn unpark(&self, state: &mut State, oid: Oid) {
         let mut parked = state.parked.remove(&oid).unwrap_or_default();
         while let Some(first) = parked.pop_front() {
+            if self.waits_for(state, &first.request).is_some() {
+                parked.push_front(first);
+                state.parked.insert(oid, parked);
+                return;
+            }
             let permit = self.store.admit_now(first.data.len() as u64);
             match self.submit(state, &first.request, first.data.clone(), permit) {
                 Pending::Now(Verdict::NoSpace) => {
@@ -273,6 +365,7 @@ impl Holder {
             state.parked.clear();
             state.suspects.clear();
             state.damaged.clear();
+            state.wiping = true;
         }
         let last = Version { epoch: Epoch(u32::MAX), stamp: Stamp { generation: u32::MAX, sequence: u64::MAX } };
         loop {
@@ -351,7 +444,7 @@ impl Holder {
     }
 
     fn refuse(state: &mut State, request: &PeerRequest) -> Option<Verdict> {
-        if request.epoch != state.view.epoch() {
+        if request.epoch != state.view.epoch() || state.wiping {
             return Some(Verdict::OldEpoch);
         }
         let vdi = request.oid.vid();
@@ -361,16 +454,26 @@ impl Holder {
             return Some(Verdict::Fenced);
         }
         if request.stamp.generation > marks.generation {
-            // The lease changed hands after the last holder's writes were drained (or compared, if it died).
-            *marks = Marks { generation: request.stamp.generation, ..Marks::default() };
+            // The lease changed hands after the last holder's writes were drained (or compared, if it died). Should any
+            // be left, they are compared like those of a dead one.
+            let left: Vec<Oid> = marks.take_unsettled().collect();
+            *marks = Marks {
+                generation: request.stamp.generation,
+                writer: Some(request.sender),
+                settled: request.settled,
+                ..Marks::default()
+            };
+            state.suspects.extend(left);
+            return None;
         }
-        note_settled(marks, request.settled);
+        marks.note_settled(request.settled);
         None
     }
 
     fn submit(&self, state: &mut State, request: &PeerRequest, data: Bytes, permit: Permit) -> Pending {
         let version = Version { epoch: request.epoch, stamp: request.stamp };
         if request.kind == PeerKind::Remove {
+            note_write(state, request);
             return Pending::Ticket(self.store.remove(request.oid, version), self.failure.clone());
         }
         let kind = if request.has(FLAG_COPY) {
@@ -384,11 +487,7 @@ impl Holder {
         let write = Write { oid: request.oid, version, offset: request.offset, data, kind, durability };
         match self.store.submit(permit, write) {
             Ok(ticket) => {
-                if let Some(marks) = state.marks.get_mut(&request.oid.vid())
-                    && marks.generation == request.stamp.generation
-                {
-                    marks.recent.push_back((request.stamp.sequence, request.oid));
-                }
+                note_write(state, request);
                 Pending::Ticket(ticket, self.failure.clone())
             }
             Err(SubmitError::Stopped(error)) => Pending::Ticket(Ticket::failed(error), self.failure.clone()),
@@ -420,7 +519,7 @@ impl Holder {
         if let Some(marks) = state.marks.get_mut(&vdi)
             && marks.generation == generation
         {
-            note_settled(marks, settled);
+            marks.note_settled(settled);
             drop(state);
             self.changed.notify_waiters();
         }
@@ -430,22 +529,26 @@ impl Holder {
     pub async fn read(&self, request: &PeerRequest) -> Result<Bytes, Verdict> {
         self.await_settled(request).await?;
         self.check_current(request)?;
-        self.store
-            .read(request.oid, request.offset, request.length as usize)
-            .await
-            .map_err(|e| Self::read_failed(request.oid, &e))
+        let read = self.store.read(request.oid, request.offset, request.length as usize).await;
+        // A write may have come in between: what was read of it must be on all holders before it is told.
+        self.await_settled(request).await?;
+        read.map_err(|error| Self::read_failed(request.oid, &error))
     }
 
     /// As `read`, if that needs no waiting at all.
     pub fn read_now(&self, request: &PeerRequest) -> Option<Result<Bytes, Verdict>> {
-        {
+        let fit = || {
             let state = self.state();
-            if state.recovering || state.view.epoch() != request.epoch || unsettled(&state, request) {
-                return None;
-            }
+            state.view.epoch() == request.epoch
+                && is_current(&state, self.node, request.oid)
+                && !unsettled(&state, request)
+        };
+        if !fit() {
+            return None;
         }
         let read = self.store.read_now(request.oid, request.offset, request.length as usize)?;
-        Some(read.map_err(|error| Self::read_failed(request.oid, &error)))
+        // A write may have come in between; see `read`.
+        fit().then(|| read.map_err(|error| Self::read_failed(request.oid, &error)))
     }
 
     fn check_current(&self, request: &PeerRequest) -> Result<(), Verdict> {
@@ -503,6 +606,9 @@ fn is_current(state: &State, node: NodeId, oid: Oid) -> bool {
     if state.suspects.contains(&oid) {
         return false;
     }
+    if state.unsure.contains(&oid.vid()) && !state.confirmed.contains(&oid) {
+        return false;
+    }
     if !state.recovering || state.confirmed.contains(&oid) {
         return true;
     }
@@ -513,33 +619,26 @@ fn is_current(state: &State, node: NodeId, oid: Oid) -> bool {
     state.view.locate(oid).is_some_and(|at| state.view.history.held(node, previous, at.key, at.copies))
 }
 
+/// Whether the reader is not the writer and the object has a write that may not be on all holders.
 fn unsettled(state: &State, request: &PeerRequest) -> bool {
-    request.has(FLAG_FOREIGN)
-        && state
-            .marks
-            .get(&request.oid.vid())
-            .is_some_and(|marks| marks.recent.iter().any(|(_, oid)| *oid == request.oid))
+    let marks = state.marks.get(&request.oid.vid());
+    marks.is_some_and(|marks| marks.writer != Some(request.sender) && marks.last_write.contains_key(&request.oid))
 }
 
-fn note_settled(marks: &mut Marks, settled: u64) {
-    marks.settled = marks.settled.max(settled);
-    while marks.recent.front().is_some_and(|(sequence, _)| *sequence <= marks.settled) {
-        marks.recent.pop_front();
+fn note_write(state: &mut State, request: &PeerRequest) {
+    if let Some(marks) = state.marks.get_mut(&request.oid.vid())
+        && marks.generation == request.stamp.generation
+    {
+        marks.note_write(request.stamp.sequence, request.oid);
     }
 }
 
-/// The unsettled objects of writers that are gone: their lease is free, or somebody else's. A writer that is still there
-/// sends again what was under way.
-fn take_suspects(marks: &mut HashMap<VdiId, Marks>, cluster: &ClusterState) -> Vec<Oid> {
-    let mut suspects = Vec::new();
-    for (vdi, marks) in marks.iter_mut() {
-        let held = cluster
-            .leases
-            .get(&vdi.get())
-            .is_some_and(|lease| lease.generation == marks.generation && lease.holder.is_some());
-        if !held {
-            suspects.extend(marks.recent.drain(..).map(|(_, oid)| oid));
-        }
-    }
-    suspects
+/// VDIs whose writer is not the same any more: whoever held the lease may have died in the middle of a write, also if it
+/// came and went between the two states.
+fn lost_writers(before: &ClusterState, now: &ClusterState) -> HashSet<VdiId> {
+    let changed = now.leases.iter().filter(|(vdi, lease)| {
+        let earlier = before.leases.get(vdi);
+        earlier != Some(lease) || lease.holder.is_some_and(|holder| !now.members.contains_key(&holder))
+    });
+    changed.filter_map(|(vdi, _)| VdiId::new(*vdi)).collect()
 }

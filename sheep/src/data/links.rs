@@ -28,6 +28,9 @@ pub const PEER_PROTOCOL: u32 = 1;
 /// enough not to add to the stall when it comes back.
 const RECONNECT_INTERVAL: Duration = Duration::from_millis(20);
 
+/// How long a node that took the connection may take to say hello: it needs nothing but its memory for it.
+const HELLO_PATIENCE: Duration = Duration::from_secs(1);
+
 /// The connection broke before the answer came: nothing is known about what the other side did.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct LinkDown;
@@ -250,7 +253,11 @@ impl Connector {
         hello.id = 0;
         let payload = hello_payload(self.cluster_id.load(Ordering::Acquire));
         link.sender.send(Bytes::copy_from_slice(&hello.encode(payload.len())), payload);
-        match read_answer(&mut reader).await {
+        let hello = tokio::select! {
+            answer = read_answer(&mut reader) => answer,
+            () = self.world.clock.sleep(HELLO_PATIENCE) => return,
+        };
+        match hello {
             Ok(Some((answer, _))) if answer.verdict == Verdict::Ok => {}
             Ok(Some((answer, reason))) => {
                 let reason = String::from_utf8_lossy(&reason);

@@ -188,6 +188,18 @@ impl Data {
         let _ = recovery::ensure_current(self, oid, epoch).await;
     }
 
+    /// Has a node replace its damaged copy, and waits for it.
+    pub(crate) async fn repair_on(&self, node: NodeId, oid: Oid, epoch: Epoch) {
+        if node == self.node() {
+            self.repair_here(oid, epoch).await;
+            return;
+        }
+        let mut request = PeerRequest::new(PeerKind::Repair, epoch, self.node());
+        request.oid = oid;
+        // A node that cannot be reached leaves the epoch, and is compared when it comes back.
+        let _ = self.links().call(node, request, Bytes::new(), Duration::from_secs(2)).await;
+    }
+
     /// Has a node replace its damaged copy, without waiting for it.
     pub(crate) fn ask_repair(&self, node: NodeId, oid: Oid, epoch: Epoch) {
         if node == self.node() {

@@ -6,7 +6,9 @@
 use std::sync::Arc;
 
 use bytes::Bytes;
-use sheep_core::peer_message::{FLAG_WAIT, HEADER_BYTES, ListEntry, PeerAnswer, PeerKind, PeerRequest, Verdict};
+use sheep_core::peer_message::{
+    FLAG_WAIT, HEADER_BYTES, ListEntry, PAYLOAD_BYTES_MAX, PeerAnswer, PeerKind, PeerRequest, Verdict,
+};
 use sheep_core::stamp::Epoch;
 
 use super::Data;
@@ -57,11 +59,11 @@ async fn serve(data: Data, connection: Connection) -> std::io::Result<()> {
             (PeerKind::Write | PeerKind::Remove, Some(holder)) => write(&data, holder, request, payload, &sender).await,
             (PeerKind::Settled, Some(holder)) => {
                 holder.settle(request.oid.vid(), request.stamp.generation, request.settled);
-                answer(&sender, PeerAnswer::new(request.id, Verdict::Ok, holder.epoch()), Bytes::new());
+                answer_from(holder, &sender, PeerAnswer::new(request.id, Verdict::Ok, holder.epoch()), Bytes::new());
             }
             (PeerKind::Read, Some(holder)) => match holder.read_now(&request) {
                 Some(Ok(bytes)) => {
-                    answer(&sender, PeerAnswer::new(request.id, Verdict::Ok, request.epoch), bytes);
+                    answer_from(holder, &sender, PeerAnswer::new(request.id, Verdict::Ok, request.epoch), bytes);
                 }
                 _ => later(&data, request, &sender),
             },
@@ -155,7 +157,8 @@ async fn handle(data: &Data, request: &PeerRequest) -> (PeerAnswer, Bytes) {
         PeerKind::Read => read(data, holder, request).await,
         PeerKind::Fetch => fetch(holder, request, &mut header).await,
         PeerKind::Query => query(holder, request),
-        PeerKind::List => list(data, holder, request),
+        PeerKind::List => list(data, holder, request).await,
+        PeerKind::Suspects => suspects(holder, request),
         PeerKind::Flush => holder.flush().await.map(|()| Bytes::new()),
         PeerKind::Hash => hash(data, holder, request).await,
         PeerKind::Repair => {
@@ -215,7 +218,7 @@ async fn fetch(holder: &Holder, request: &PeerRequest, header: &mut PeerAnswer) 
 }
 
 /// Objects that the asking node must hold.
-fn list(data: &Data, holder: &Holder, request: &PeerRequest) -> Result<Bytes, Verdict> {
+async fn list(data: &Data, holder: &Holder, request: &PeerRequest) -> Result<Bytes, Verdict> {
     same_epoch(holder, request)?;
     let view = data.view();
     if view.epoch() != request.epoch {
@@ -237,8 +240,16 @@ fn list(data: &Data, holder: &Holder, request: &PeerRequest) -> Result<Bytes, Ve
         if !payload.is_empty() {
             break;
         }
+        tokio::task::yield_now().await;
     }
     Ok(payload.into())
+}
+
+fn suspects(holder: &Holder, request: &PeerRequest) -> Result<Bytes, Verdict> {
+    let told = holder.told(request.epoch).ok_or(Verdict::OldEpoch)?;
+    let bytes: Vec<u8> = told.iter().flat_map(|oid| oid.raw().to_le_bytes()).collect();
+    // Far beyond what can be under way on one node; a shorter list would be a wrong one.
+    if bytes.len() > PAYLOAD_BYTES_MAX { Err(Verdict::Failed) } else { Ok(bytes.into()) }
 }
 
 async fn hash(data: &Data, holder: &Arc<Holder>, request: &PeerRequest) -> Result<Bytes, Verdict> {

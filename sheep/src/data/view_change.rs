@@ -26,6 +26,7 @@ pub fn start(data: &Data, listener: Box<dyn Listener>) {
     tokio::spawn(follow(data.clone()));
     tokio::spawn(follow_links(data.clone()));
     tokio::spawn(watch_space(data.clone()));
+    tokio::spawn(keep_saved(data.clone()));
 }
 
 async fn follow(data: Data) {
@@ -57,7 +58,9 @@ async fn enter(data: &Data, state: Arc<ClusterState>) {
             holder.wipe().await;
         }
         epoch_changed |= holder.enter(view.clone());
-        save(data, &view).await;
+        if formatted {
+            save(data, &view).await;
+        }
     }
     data.views().send_replace(view.clone());
     close_lost_leases(data, &view, view.state.cluster_id != previous.state.cluster_id);
@@ -87,6 +90,15 @@ async fn is_remembered(data: &Data, cluster_id: u64) -> bool {
             postcard::from_bytes::<ClusterState>(&bytes).is_ok_and(|state| state.cluster_id == cluster_id)
         }
         _ => false,
+    }
+}
+
+/// Keeps the newest state in the store; a burst of changes is saved once.
+async fn keep_saved(data: Data) {
+    let mut views = data.views().subscribe();
+    while views.changed().await.is_ok() {
+        let view = views.borrow_and_update().clone();
+        save(&data, &view).await;
     }
 }
 
@@ -124,6 +136,9 @@ async fn follow_links(data: Data) {
                     fanout::resend_over_new_link(&data, &lease, &mut state, *node);
                 }
             }
+            drop(state);
+            // The last mark may have been lost with the link before.
+            fanout::send_mark(&data, &lease);
         }
     }
 }

@@ -6,6 +6,7 @@
 //! [`answered`]. After an epoch change or a broken link everything unanswered is sent again before anything new
 //! (invariant 1 of `lease`); holders that have a write already say so, because its stamp is not above the object's.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -13,11 +14,13 @@ use bytes::Bytes;
 use qemu_proto::oid::Oid;
 use sheep_core::member::NodeId;
 use sheep_core::peer_message::{PeerKind, PeerRequest, Verdict};
+use sheep_core::placement::Holders;
 use sheep_core::stamp::Epoch;
 
 use super::WriteError;
 use super::lease::{Lease, LeaseState};
 use crate::data::Data;
+use crate::data::links::Link;
 use crate::data::view::View;
 
 /// After the last write of a burst, how long until the holders hear that everything is settled. Each later write tells
@@ -27,60 +30,84 @@ const MARK_DELAY: Duration = Duration::from_millis(2);
 /// Sends a write that was just entered, in the current view. Brings the lease up to that view's epoch first.
 pub fn send(data: &Data, lease: &Arc<Lease>, state: &mut LeaseState, sequence: u64) {
     let view = data.view();
-    if state.epoch == view.epoch() {
-        issue(data, lease, state, &view, sequence);
-    } else {
+    if state.epoch != view.epoch() {
         // The new write is among those that are sent again.
         resend_all(data, lease, state, &view);
+        return;
+    }
+    let Some(holders) = address(data, lease, state, &view, sequence) else { return };
+    // Remote copies first: their way is longer.
+    for node in holders.iter().filter(|node| **node != data.node()) {
+        let Some(link) = data.links().get(*node) else { continue };
+        if state.links.get(node) == Some(&link.number()) {
+            send_to(data, lease, state, &link, *node, sequence);
+        } else {
+            resend_over(data, lease, state, &link, *node);
+        }
+    }
+    if holders.contains(&data.node()) {
+        send_here(data, lease, state, sequence);
     }
 }
 
-/// Sends everything under way in a newer epoch.
+/// Sends everything under way in a newer epoch: to each holder once, in the order of the sequences.
 pub fn resend_all(data: &Data, lease: &Arc<Lease>, state: &mut LeaseState, view: &View) {
     state.epoch = view.epoch();
     let sequences: Vec<u64> = state.under_way.keys().copied().collect();
+    let mut remote = BTreeSet::new();
+    let mut here = Vec::new();
     for sequence in sequences {
-        issue(data, lease, state, view, sequence);
+        let Some(holders) = address(data, lease, state, view, sequence) else { continue };
+        remote.extend(holders.iter().copied().filter(|node| *node != data.node()));
+        if holders.contains(&data.node()) {
+            here.push(sequence);
+        }
+    }
+    for node in remote {
+        if let Some(link) = data.links().get(node) {
+            resend_over(data, lease, state, &link, node);
+        }
+    }
+    for sequence in here {
+        send_here(data, lease, state, sequence);
     }
 }
 
 /// Sends again what a holder has not answered, if its link is another one than before.
 pub fn resend_over_new_link(data: &Data, lease: &Arc<Lease>, state: &mut LeaseState, node: NodeId) {
     let Some(link) = data.links().get(node) else { return };
-    if state.links.get(&node) == Some(&link.number()) {
-        return;
-    }
-    let waiting = state.under_way.iter().filter(|(_, write)| write.waiting.contains(&node));
-    let sequences: Vec<u64> = waiting.map(|(sequence, _)| *sequence).collect();
-    state.links.insert(node, link.number());
-    for sequence in sequences {
-        send_to(data, lease, state, node, sequence);
+    if state.links.get(&node) != Some(&link.number()) {
+        resend_over(data, lease, state, &link, node);
     }
 }
 
-fn issue(data: &Data, lease: &Arc<Lease>, state: &mut LeaseState, view: &View, sequence: u64) {
-    let Some(write) = state.under_way.get_mut(&sequence) else { return };
+/// Sends everything that a holder has not answered over one link, which is the one for what comes next.
+fn resend_over(data: &Data, lease: &Arc<Lease>, state: &mut LeaseState, link: &Arc<Link>, node: NodeId) {
+    state.links.insert(node, link.number());
+    let waiting = state.under_way.iter().filter(|(_, write)| write.waiting.contains(&node));
+    let sequences: Vec<u64> = waiting.map(|(sequence, _)| *sequence).collect();
+    for sequence in sequences {
+        send_to(data, lease, state, link, node, sequence);
+    }
+}
+
+/// Notes whose answers a write waits for in the current epoch. `None` if that is nobody's, and the write is over.
+fn address(data: &Data, lease: &Arc<Lease>, state: &mut LeaseState, view: &View, sequence: u64) -> Option<Holders> {
+    let write = state.under_way.get_mut(&sequence)?;
     let holders = view.holders(&write.location);
     write.waiting.clear();
     write.waiting.extend_from_slice(&holders);
+    write.taken = 0;
+    write.refused.clear();
+    if !holders.contains(&data.node()) {
+        // Journal space is for copies that this node keeps.
+        write.permit = None;
+    }
     if holders.is_empty() {
         finish(data, lease, state, sequence, Err(WriteError::NoHolders));
-        return;
+        return None;
     }
-    // Remote copies first: their way is longer.
-    for node in holders.iter().filter(|node| **node != data.node()).chain(holders.iter().filter(|n| **n == data.node()))
-    {
-        if *node == data.node() {
-            send_here(data, lease, state, sequence);
-            continue;
-        }
-        let link = data.links().get(*node).map(|link| link.number());
-        if link.is_some() && state.links.get(node) == link.as_ref() {
-            send_to(data, lease, state, *node, sequence);
-        } else {
-            resend_over_new_link(data, lease, state, *node);
-        }
-    }
+    Some(holders)
 }
 
 fn request_of(state: &LeaseState, sequence: u64) -> Option<(PeerRequest, Bytes)> {
@@ -91,8 +118,8 @@ fn request_of(state: &LeaseState, sequence: u64) -> Option<(PeerRequest, Bytes)>
     Some((request, write.data.clone()))
 }
 
-fn send_to(data: &Data, lease: &Arc<Lease>, state: &mut LeaseState, node: NodeId, sequence: u64) {
-    let (Some((request, payload)), Some(link)) = (request_of(state, sequence), data.links().get(node)) else { return };
+fn send_to(data: &Data, lease: &Arc<Lease>, state: &mut LeaseState, link: &Arc<Link>, node: NodeId, sequence: u64) {
+    let Some((request, payload)) = request_of(state, sequence) else { return };
     let (data, lease) = (data.clone(), lease.clone());
     let epoch = request.epoch;
     link.send(
@@ -140,24 +167,40 @@ pub fn answered(data: &Data, lease: &Arc<Lease>, sequence: u64, node: NodeId, ep
             Some(WriteError::Failed)
         }
     };
-    if let Some(error) = error {
-        if error == WriteError::Fenced {
-            lose(data, lease, &mut state);
-            return;
-        }
-        // Should other holders have taken it, this one's copy differs from theirs: it is compared and replaced.
-        if error != WriteError::NoSpace
-            && let Some(write) = state.under_way.get(&sequence)
-        {
-            data.ask_repair(node, write.request.oid, epoch);
-        }
-        finish(data, lease, &mut state, sequence, Err(error));
+    if error == Some(WriteError::Fenced) {
+        lose(data, lease, &mut state);
         return;
     }
-    let Some(write) = state.under_way.get_mut(&sequence) else { return };
+    let Some(write) = state.under_way.get_mut(&sequence).filter(|write| write.waiting.contains(&node)) else {
+        // Answered before, over an earlier link.
+        return;
+    };
     write.waiting.retain(|waiting| *waiting != node);
-    if write.waiting.is_empty() {
-        finish(data, lease, &mut state, sequence, Ok(()));
+    match error {
+        None => write.taken += 1,
+        Some(error) => write.refused.push((node, error)),
+    }
+    if !write.waiting.is_empty() {
+        return;
+    }
+    match (write.taken, write.refused.first().copied()) {
+        (_, None) => finish(data, lease, &mut state, sequence, Ok(())),
+        (0, Some((_, error))) => finish(data, lease, &mut state, sequence, Err(error)),
+        // Some have it and some do not: those that do not get the others' copy before the write is over, and until then
+        // nobody reads it or calls it settled.
+        (_, Some((_, error))) => {
+            let (oid, refused) = (write.request.oid, std::mem::take(&mut write.refused));
+            let (data, lease) = (data.clone(), lease.clone());
+            tokio::spawn(async move {
+                for (node, _) in refused {
+                    data.repair_on(node, oid, epoch).await;
+                }
+                let mut state = lease.state();
+                if state.epoch == epoch {
+                    finish(&data, &lease, &mut state, sequence, Err(error));
+                }
+            });
+        }
     }
 }
 

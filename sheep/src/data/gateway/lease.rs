@@ -64,6 +64,10 @@ pub struct WriteUnderWay {
     pub permit: Option<Permit>,
     /// Holders that have not answered in the current epoch.
     pub waiting: Vec<NodeId>,
+    /// Holders that have taken it in the current epoch.
+    pub taken: usize,
+    /// Holders that refused it in the current epoch.
+    pub refused: Vec<(NodeId, WriteError)>,
     /// Told when it is done.
     pub done: Option<oneshot::Sender<Result<(), WriteError>>>,
 }

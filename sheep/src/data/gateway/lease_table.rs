@@ -75,6 +75,10 @@ pub async fn acquire(data: &Data, vdi: VdiId) -> Result<Arc<Lease>, WriteError> 
     if let Some(lease) = data.leases().held(vdi).filter(|lease| !lease.state().closed) {
         return Ok(lease);
     }
+    if let Some(earlier) = current.take() {
+        // Left closed by somebody who could not give it back.
+        earlier.drain().await;
+    }
     loop {
         let command = Command::AcquireLease { vdi, node: data.node() };
         match data.cluster().propose(command).await {
@@ -134,6 +138,9 @@ where
             continue;
         }
         lease.drain().await;
+        if lease.state().lost {
+            continue;
+        }
         fanout::send_mark(data, &lease);
         let result = work(lease.generation).await;
         *current = None;

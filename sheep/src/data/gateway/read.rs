@@ -8,7 +8,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use qemu_proto::oid::Oid;
 use sheep_core::member::NodeId;
-use sheep_core::peer_message::{FLAG_FOREIGN, FLAG_WAIT, PeerKind, PeerRequest, Verdict};
+use sheep_core::peer_message::{FLAG_WAIT, PeerKind, PeerRequest, Verdict};
 
 use super::ReadFailure;
 use crate::data::Data;
@@ -16,6 +16,8 @@ use crate::data::view::View;
 
 /// How long one holder may take to be connected before the next is tried.
 const PATIENCE: Duration = Duration::from_millis(200);
+/// How long one holder may take to answer before the next is tried: longer than any flush or fetch it may wait for.
+const ANSWER_PATIENCE: Duration = Duration::from_secs(5);
 /// Between rounds when no holder could answer; a change of members ends the wait as well.
 const RETRY_INTERVAL: Duration = Duration::from_millis(20);
 /// Rounds after which damage or device errors on every copy are told to the client instead of tried again.
@@ -26,10 +28,6 @@ fn request_for(data: &Data, view: &View, oid: Oid, offset: u64, length: usize) -
     request.oid = oid;
     request.offset = offset;
     request.length = length as u32;
-    let lease = view.state.leases.get(&oid.vid().get()).and_then(|lease| lease.holder);
-    if lease.is_some_and(|writer| writer != data.node()) {
-        request.flags |= FLAG_FOREIGN;
-    }
     request
 }
 
@@ -37,8 +35,9 @@ fn request_for(data: &Data, view: &View, oid: Oid, offset: u64, length: usize) -
 pub fn read_now(data: &Data, oid: Oid, offset: u64, length: usize) -> Option<Bytes> {
     let view = data.view();
     let holder = data.holder()?;
+    let range = offset..offset.checked_add(length as u64)?;
     if let Some(lease) = data.leases().held(oid.vid())
-        && lease.state().touches(oid, &(offset..offset + length as u64))
+        && lease.state().touches(oid, &range)
     {
         return None;
     }
@@ -46,7 +45,10 @@ pub fn read_now(data: &Data, oid: Oid, offset: u64, length: usize) -> Option<Byt
     if !view.holders(&location).contains(&data.node()) {
         return None;
     }
-    holder.read_now(&request_for(data, &view, oid, offset, length))?.ok()
+    let bytes = holder.read_now(&request_for(data, &view, oid, offset, length))?.ok()?;
+    // A write may have begun in between: what was read of it must be on all holders before it is told.
+    let began = data.leases().held(oid.vid()).is_some_and(|lease| lease.state().touches(oid, &range));
+    (!began).then_some(bytes)
 }
 
 /// Reads from the nearest holder that can answer.
@@ -64,7 +66,13 @@ pub async fn read(data: &Data, oid: Oid, offset: u64, length: usize) -> Result<B
         }
         let mut request = request_for(data, &view, oid, offset, length);
         match one_round(data, &view, &mut request, &nearest_first(data, &view.holders(&location))).await {
-            Round::Answer(bytes) => return Ok(bytes),
+            Round::Answer(bytes) => {
+                // As in `read_now`.
+                if let Some(lease) = data.leases().held(oid.vid()) {
+                    lease.await_writes(oid, &(offset..end)).await;
+                }
+                return Ok(bytes);
+            }
             Round::Missing => return Err(ReadFailure::Missing),
             Round::Invalid => return Err(ReadFailure::Invalid),
             Round::Again => {}
@@ -152,7 +160,12 @@ async fn ask(data: &Data, node: NodeId, request: &PeerRequest) -> Result<Bytes, 
         }
         return holder.read(request).await.map_err(Some);
     }
-    let (answer, payload) = data.links().call(node, *request, Bytes::new(), PATIENCE).await.map_err(|_| None)?;
+    // A node that does not answer (stopped, or its disk hangs) is passed over as long as another one can.
+    let answer = tokio::select! {
+        answer = data.links().call(node, *request, Bytes::new(), PATIENCE) => answer,
+        () = data.world().clock.sleep(ANSWER_PATIENCE) => return Err(None),
+    };
+    let (answer, payload) = answer.map_err(|_| None)?;
     match answer.verdict {
         Verdict::Ok if payload.len() == request.length as usize => Ok(payload),
         Verdict::Ok => Err(None),

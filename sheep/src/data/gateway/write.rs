@@ -71,10 +71,12 @@ async fn attempt(data: &Data, write: &ObjectWrite) -> Result<(), WriteError> {
         under_way.push(enter(data, &lease, write, location, start..end, base).await?);
         start = end;
     }
+    let mut result = Ok(());
     for done in under_way {
-        done.await.unwrap_or(Err(WriteError::Failed))?;
+        // Every piece is waited for: a client that hears of a failure must not meet the rest of it later.
+        result = result.and(done.await.unwrap_or(Err(WriteError::Failed)));
     }
-    Ok(())
+    result
 }
 
 /// Whether the write may run at all, and where its object lives.
@@ -131,7 +133,8 @@ async fn enter(
     piece: std::ops::Range<usize>,
     base: Base,
 ) -> Result<oneshot::Receiver<Result<(), WriteError>>, WriteError> {
-    let permit = match data.holder() {
+    let keeps_a_copy = data.view().holders(&location).contains(&data.node());
+    let permit = match data.holder().filter(|_| keeps_a_copy) {
         Some(holder) => Some(holder.store().admit(piece.len() as u64).await),
         None => None,
     };
@@ -170,6 +173,8 @@ async fn enter(
         location,
         permit,
         waiting: Vec::new(),
+        taken: 0,
+        refused: Vec::new(),
         done: Some(done),
     };
     state.under_way.insert(sequence, entered);

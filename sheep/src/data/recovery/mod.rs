@@ -107,6 +107,10 @@ async fn attempt(data: &Data, holder: &Arc<Holder>, epoch: Epoch) -> Result<(), 
     if view.epoch() != epoch {
         return Err(RecoveryEnd::EpochOver);
     }
+    if holder.is_unsure() {
+        let told = gather_suspects(data, holder, &view).await?;
+        holder.heard_suspects(epoch, told);
+    }
     for oid in holder.suspects() {
         if holds(&view, data.node(), oid) {
             ensure_current(data, oid, epoch).await?;
@@ -137,6 +141,30 @@ async fn attempt(data: &Data, holder: &Arc<Holder>, epoch: Epoch) -> Result<(), 
         ended.unwrap_or(Err(RecoveryEnd::EpochOver))?;
     }
     Ok(())
+}
+
+/// What every member knows of objects that lost writers left half-written.
+async fn gather_suspects(data: &Data, holder: &Arc<Holder>, view: &Arc<View>) -> Result<BTreeSet<Oid>, RecoveryEnd> {
+    let epoch = view.epoch();
+    let mut suspects = BTreeSet::new();
+    for member in view.state.members.values().filter(|m| !m.member.is_gateway() && m.member.id != data.node()) {
+        loop {
+            let request = PeerRequest::new(PeerKind::Suspects, epoch, data.node());
+            let answer = data.links().call(member.member.id, request, Bytes::new(), PATIENCE).await;
+            if holder.epoch() != epoch {
+                return Err(RecoveryEnd::EpochOver);
+            }
+            match answer {
+                Ok((answer, payload)) if answer.verdict == Verdict::Ok => {
+                    suspects
+                        .extend(payload.as_chunks::<8>().0.iter().map(|raw| Oid::from_raw(u64::from_le_bytes(*raw))));
+                    break;
+                }
+                Ok(_) | Err(_) => wait_for_change(data, holder).await,
+            }
+        }
+    }
+    Ok(suspects)
 }
 
 fn holds(view: &View, node: NodeId, oid: Oid) -> bool {
