@@ -29,6 +29,9 @@ pub fn start(data: &Data, listener: Box<dyn Listener>) {
     tokio::spawn(keep_saved(data.clone()));
 }
 
+/// Rounds of [`SPACE_INTERVAL`] after which the space of removed objects comes back even though nothing needs it.
+const CHECKPOINT_ROUNDS: u64 = 15;
+
 async fn follow(data: Data) {
     let mut states = data.cluster().watch();
     loop {
@@ -144,9 +147,15 @@ async fn follow_links(data: Data) {
 }
 
 async fn watch_space(data: Data) {
-    loop {
+    for round in 1_u64.. {
         data.world().clock.sleep(SPACE_INTERVAL).await;
         if let Some(holder) = data.holder() {
+            if holder.store().has_removals() && (holder.is_nearly_full() || round % CHECKPOINT_ROUNDS == 0) {
+                // What was removed takes space until then.
+                if let Err(error) = holder.store().checkpoint().await {
+                    tracing::warn!("cannot give space back yet: {error}");
+                }
+            }
             holder.store().refresh_space().await;
             holder.retry_parked();
         }

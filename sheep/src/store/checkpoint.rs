@@ -6,36 +6,19 @@
 //!
 //! A crash between any two of these steps leaves the old tail or the new one; everything from it on is replayed.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 use std::io;
 use std::sync::{Arc, PoisonError};
 
-use sheep_core::stamp::Epoch;
-
-use super::entries::Packed;
 use super::hint;
 use super::index::{Changes, State};
-use super::journal::Position;
-use super::state::{Inner, Shared};
+use super::state::{Checkpoint, Inner, Shared};
 use super::{Store, StoreError};
-use crate::world::disk::{self, Files, OpenMode, Space};
+use crate::world::disk::{self, Files, OpenMode};
 
 /// Up to this many files are flushed one by one; more with one flush of their file systems, whose cost does not grow
 /// with their number.
 const FLUSHED_SINGLY_MAX: usize = 32;
-
-/// What one checkpoint makes durable: everything applied before it was captured.
-pub struct Checkpoint {
-    /// Number of the last record it contains.
-    number: u64,
-    tail: Position,
-    clean_through: Epoch,
-    changed: BTreeMap<u64, Option<Packed>>,
-    dirty: BTreeMap<u64, u8>,
-    renamed: BTreeSet<u8>,
-    doomed: Vec<(u64, u8)>,
-    spaces: Vec<Option<Space>>,
-}
 
 impl Inner {
     /// Begins a checkpoint of everything applied so far.

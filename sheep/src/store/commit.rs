@@ -17,7 +17,7 @@ use tokio::sync::oneshot;
 use super::checksum::BLOCK_BYTES;
 use super::journal::Position;
 use super::record::{self, BATCH_HEAD_BYTES, RECORD_HEAD_BYTES, Record};
-use super::state::{Committed, Inner, Queued, Shared};
+use super::state::{Committed, Inner, Permit, Queued, Shared};
 use super::{Store, StoreError, hint};
 
 /// Most bytes of records in one batch, unless a single one is larger: a flush of more gains nothing, and the buffer
@@ -27,37 +27,6 @@ const BATCH_BYTES_MAX: u64 = 4 << 20;
 /// Journal space that a record may take at worst: alone in a batch.
 pub fn cost_of(data_bytes: u64) -> u64 {
     (BATCH_HEAD_BYTES + RECORD_HEAD_BYTES + BLOCK_BYTES) as u64 + data_bytes
-}
-
-/// Room in the journal for one write. Dropping it gives the room back.
-pub struct Permit {
-    shared: Arc<Shared>,
-    cost: u64,
-    bytes: u64,
-}
-
-impl Permit {
-    pub(super) fn new(shared: &Arc<Shared>, cost: u64, bytes: u64) -> Permit {
-        Permit { shared: shared.clone(), cost, bytes }
-    }
-
-    /// Most payload bytes that a write with this permit may have.
-    pub fn bytes(&self) -> u64 {
-        self.bytes
-    }
-
-    /// Hands the reserved space over to a record.
-    pub(super) fn into_cost(mut self) -> u64 {
-        std::mem::take(&mut self.cost)
-    }
-}
-
-impl Drop for Permit {
-    fn drop(&mut self) {
-        if self.cost > 0 {
-            self.shared.with(|inner| inner.reserved_bytes -= self.cost);
-        }
-    }
 }
 
 /// Completes when a change is as durable as was asked for.

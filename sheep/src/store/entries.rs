@@ -10,8 +10,8 @@ use qemu_proto::oid::Oid;
 use sheep_core::stamp::{Epoch, Stamp, Version};
 
 use super::checksum::{BLOCK_BYTES, crc32c};
+use super::fields::u32_at;
 use super::object_file::OBJECT_BYTES_MAX;
-use super::record::u32_at;
 
 /// Bytes of an entry in the index file.
 pub const ENTRY_BYTES: usize = 32;

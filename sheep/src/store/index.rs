@@ -17,8 +17,8 @@ use sheep_core::stamp::Epoch;
 
 use super::checksum::crc32c;
 use super::entries::{Entries, Packed};
+use super::fields::{u32_at, u64_at};
 use super::journal::Position;
-use super::record::{u32_at, u64_at};
 use crate::world::disk::{File, Files, OpenMode};
 
 const OBJECTS: TableDefinition<u64, &[u8]> = TableDefinition::new("objects");

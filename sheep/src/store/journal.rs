@@ -14,9 +14,9 @@ use std::path::Path;
 use std::sync::Arc;
 
 use super::checksum::{BLOCK_BYTES, crc32c};
+use super::fields::{u32_at, u64_at};
 use super::layout;
 use super::record::{self, Record, decode_batch, decode_batch_head};
-use super::record::{u32_at, u64_at};
 use crate::world::disk::{File, Files, OpenMode};
 
 const MAGIC: [u8; 8] = *b"SHEEPLOG";

@@ -27,6 +27,7 @@ mod checkpoint;
 mod checksum;
 mod commit;
 mod entries;
+mod fields;
 mod handles;
 mod index;
 mod journal;
@@ -50,11 +51,12 @@ use sheep_core::member::NodeId;
 use sheep_core::stamp::Epoch;
 
 pub use checksum::BLOCK_BYTES;
-pub use commit::{Permit, Ticket};
+pub use commit::Ticket;
 pub use entries::Entry;
 pub use journal::JOURNAL_BYTES_MIN;
 pub use object_file::OBJECT_BYTES_MAX;
 pub use stage::Staged;
+pub use state::Permit;
 pub use submit::{Durability, Write, WriteKind};
 
 use crate::world::disk;

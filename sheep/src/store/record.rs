@@ -13,6 +13,7 @@ use sheep_core::stamp::{Epoch, Stamp, Version};
 
 use super::checksum::{BLOCK_BYTES, crc32c, round_up};
 use super::entries::Packed;
+use super::fields::{u32_at, u64_at};
 
 const MAGIC: [u8; 8] = *b"SHEEPJNL";
 /// Bytes of a batch header.
@@ -146,16 +147,6 @@ impl Record {
         };
         Some((record, u32_at(bytes, 4)? as usize))
     }
-}
-
-/// Four bytes, little-endian.
-pub fn u32_at(bytes: &[u8], at: usize) -> Option<u32> {
-    Some(u32::from_le_bytes(*bytes.get(at..)?.first_chunk()?))
-}
-
-/// Eight bytes, little-endian.
-pub fn u64_at(bytes: &[u8], at: usize) -> Option<u64> {
-    Some(u64::from_le_bytes(*bytes.get(at..)?.first_chunk()?))
 }
 
 /// Length on disk of a batch whose records take `records_bytes` in all.

@@ -17,8 +17,6 @@ use sheep_core::member::NodeId;
 use sheep_core::stamp::Epoch;
 use tokio::sync::{oneshot, watch};
 
-use super::checkpoint::Checkpoint;
-use super::commit::Permit;
 use super::entries::{Entries, Packed};
 use super::handles::Handles;
 use super::index::Index;
@@ -91,6 +89,57 @@ impl SpaceView {
     /// Of all disks.
     pub fn free_bytes(&self) -> u64 {
         self.disks.iter().map(|space| space.free_bytes).sum()
+    }
+}
+
+/// What one checkpoint makes durable: everything applied before it was captured.
+pub struct Checkpoint {
+    /// Number of the last record it contains.
+    pub number: u64,
+    /// Where replay begins after it.
+    pub tail: Position,
+    /// As of the last applied record.
+    pub clean_through: Epoch,
+    /// Entries that changed since the last one.
+    pub changed: BTreeMap<u64, Option<Packed>>,
+    /// Objects whose files must be flushed, and their disks.
+    pub dirty: BTreeMap<u64, u8>,
+    /// Disks whose directories must be flushed.
+    pub renamed: BTreeSet<u8>,
+    /// Files to unlink after it.
+    pub doomed: Vec<(u64, u8)>,
+    /// The disks' space, looked at on the way.
+    pub spaces: Vec<Option<Space>>,
+}
+
+/// Room in the journal for one write. Dropping it gives the room back.
+pub struct Permit {
+    shared: Arc<Shared>,
+    cost: u64,
+    bytes: u64,
+}
+
+impl Permit {
+    pub(super) fn new(shared: &Arc<Shared>, cost: u64, bytes: u64) -> Permit {
+        Permit { shared: shared.clone(), cost, bytes }
+    }
+
+    /// Most payload bytes that a write with this permit may have.
+    pub fn bytes(&self) -> u64 {
+        self.bytes
+    }
+
+    /// Hands the reserved space over to a record.
+    pub(super) fn into_cost(mut self) -> u64 {
+        std::mem::take(&mut self.cost)
+    }
+}
+
+impl Drop for Permit {
+    fn drop(&mut self) {
+        if self.cost > 0 {
+            self.shared.with(|inner| inner.reserved_bytes -= self.cost);
+        }
     }
 }
 

@@ -14,12 +14,12 @@ use bytes::Bytes;
 use qemu_proto::oid::Oid;
 use sheep_core::stamp::{Epoch, Version};
 
-use super::commit::{Permit, Ticket, cost_of};
+use super::commit::{Ticket, cost_of};
 use super::entries::Packed;
 use super::layout::Layout;
 use super::object_file::OBJECT_BYTES_MAX;
 use super::record::{Kind, Record};
-use super::state::{Inner, Pending, Queued, Shared};
+use super::state::{Inner, Pending, Permit, Queued, Shared};
 use super::{Store, StoreError, SubmitError};
 
 /// Write-back payload that may wait for a commit: twice what one batch takes.
@@ -290,6 +290,11 @@ impl Store {
         let inner = self.shared.lock();
         let kept = inner.space.reserve_bytes + SPACE_FLOOR_BYTES + NEARLY_FULL_BYTES + inner.space.in_flight_bytes;
         inner.space.disks.iter().any(|disk| disk.free_bytes < kept)
+    }
+
+    /// Whether files of removed objects are still there: their space comes back with the next checkpoint.
+    pub fn has_removals(&self) -> bool {
+        !self.shared.lock().doomed.is_empty()
     }
 
     /// Looks at the disks' free space.

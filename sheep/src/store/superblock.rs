@@ -9,7 +9,7 @@ use std::path::Path;
 
 use sheep_core::member::NodeId;
 
-use super::record::{u32_at, u64_at};
+use super::fields::{u32_at, u64_at};
 use super::sealed::{self, Found};
 use crate::world::disk::Files;
 

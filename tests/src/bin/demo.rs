@@ -145,8 +145,16 @@ fn copy_in(cluster: &mut Cluster, image: &Path) -> Result<()> {
         say("QEMU's own sheepdog driver copies the image in. In the middle, node 3 is killed with signal 9.");
         let arguments = ["convert", "-f", "raw", "-O", "raw", text(image), &url];
         kill_during(cluster, qemu.start_img(&arguments)?, &arguments)?;
-        println!("$ qemu-img compare -f raw -F raw disk.img {url}");
-        qemu.compare(text(image), &url)?;
+        // Not `qemu-img compare`: asked where a hole ends, from the middle of an object on, this driver says too late,
+        // and `compare` then calls zeros in a file and data behind a hole different although every byte is the same.
+        let back = cluster.scratch().join("back.img");
+        let arguments = ["convert", "-f", "raw", "-O", "raw", &url, text(&back)];
+        println!("$ qemu-img {}", arguments.join(" "));
+        qemu.img(&arguments)?.ok()?;
+        println!("$ cmp disk.img back.img");
+        files_equal(image, &back)?;
+        fs::remove_file(&back)?;
+        println!("(no difference)");
     } else {
         let qemu = Qemu::installed()?;
         say(
@@ -161,9 +169,9 @@ fn copy_in(cluster: &mut Cluster, image: &Path) -> Result<()> {
         kill_during(cluster, qemu.start_img(&arguments)?, &arguments)?;
         println!("$ qemu-img compare -f raw -F raw disk.img {url}");
         qemu.compare(text(image), &url)?;
+        println!("Images are identical.");
         target.close()?;
     }
-    println!("Images are identical.");
     dog(cluster, &["node", "list"])
 }
 

@@ -14,7 +14,7 @@ use sheep_core::command::{Command, Outcome as Ordered, Refusal};
 use sheep_core::member::Member;
 
 use super::Front;
-use super::ops::{Outcome, Reply};
+use super::reply::{Outcome, Reply};
 use super::wire_status::of_refusal;
 
 /// Virtual nodes shown for a member of mean capacity, as the ancestor had them: our ring has more points, in the same
@@ -50,7 +50,7 @@ pub async fn run(front: &Front, opcode: Opcode, request: &Request, payload: &[u8
 }
 
 /// A person who started a node and asks another one about it must be told of it.
-async fn see_everything(front: &Front) {
+pub async fn see_everything(front: &Front) {
     match front.data.cluster().barrier().await {
         Ok(state) => front.data.await_applied(state.applied).await,
         // What is known here is still worth telling.

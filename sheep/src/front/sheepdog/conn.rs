@@ -8,9 +8,9 @@ use std::sync::Arc;
 use bytes::Bytes;
 use qemu_proto::frame::payload_bytes;
 use qemu_proto::request::{HEADER_BYTES, Request};
-use qemu_proto::response::Response;
 use tokio::sync::Semaphore;
 
+use super::reply::Answer;
 use super::{Front, ops};
 use crate::world::frames::{FrameReader, FrameSender};
 use crate::world::net::Connection;
@@ -21,14 +21,6 @@ const UNDER_WAY_BYTES_MAX: usize = 64 << 20;
 const REQUEST_COST_BYTES: usize = 256;
 /// The largest object that the server keeps for clients; larger requests end the connection.
 const OBJECT_BYTES_MAX: usize = 64 << 20;
-
-/// An answer: its header and payload.
-pub struct Answer {
-    /// See [`Response`].
-    pub response: Response,
-    /// `response.data_length` bytes.
-    pub payload: Bytes,
-}
 
 /// Serves a connection to its end.
 pub async fn serve(front: Front, connection: Connection) {

@@ -1,12 +1,13 @@
 //! Sheepdog's client protocol: listening sockets and connections.
 //!
-//! `conn` reads requests and answers them in the order of completion; `ops` is the table of operations; `objects`, `vdis`
+//! `conn` reads requests and answers them in the order of completion; `ops` is the table of operations, `reply` what they give; `objects`, `vdis`
 //! and `admin` carry them out; `wire_status` turns errors into result codes.
 
 pub mod admin;
 pub mod conn;
 pub mod objects;
 pub mod ops;
+pub mod reply;
 pub mod vdis;
 pub mod wire_status;
 

@@ -8,7 +8,7 @@ use qemu_proto::response::ResponseBody;
 use qemu_proto::status::Status;
 
 use super::Front;
-use super::ops::{Outcome, Reply};
+use super::reply::{Outcome, Reply};
 use super::wire_status::{of_inode, of_read, of_volume, of_write};
 use crate::data::gateway::write::{Base, ObjectWrite, write as write_object};
 use crate::data::gateway::{ReadFailure, read as read_path};

@@ -8,38 +8,8 @@ use qemu_proto::response::{Response, ResponseBody};
 use qemu_proto::status::Status;
 use sheep_core::cluster_state::Phase;
 
-use super::conn::Answer;
+use super::reply::{Answer, Outcome, Reply};
 use super::{Front, admin, objects, vdis};
-
-/// What an operation gives when it is done.
-pub struct Reply {
-    /// The header's body.
-    pub body: ResponseBody,
-    /// What follows the header.
-    pub payload: Bytes,
-    /// The result; `Success` but for operations whose answer is a status.
-    pub status: Status,
-}
-
-impl Reply {
-    /// Done, nothing to tell.
-    pub fn done() -> Reply {
-        Reply { body: ResponseBody::NONE, payload: Bytes::new(), status: Status::Success }
-    }
-
-    /// Done, with a header body.
-    pub fn body(body: ResponseBody) -> Reply {
-        Reply { body, ..Reply::done() }
-    }
-
-    /// Done, with data.
-    pub fn data(payload: impl Into<Bytes>) -> Reply {
-        Reply { payload: payload.into(), ..Reply::done() }
-    }
-}
-
-/// How an operation ends.
-pub type Outcome = Result<Reply, Status>;
 
 /// Whether an operation is served while the cluster is not (protocol.md section 2: "force").
 fn runs_always(opcode: Opcode) -> bool {
@@ -103,6 +73,10 @@ pub fn answer_now(front: &Front, request: &Request) -> Option<Answer> {
 
 /// Carries a request out.
 pub async fn run(front: &Front, request: &Request, payload: Bytes) -> Answer {
+    if !front.data.view().state.is_running() {
+        // Formatted or complete a moment ago, perhaps, through another node.
+        admin::see_everything(front).await;
+    }
     let outcome = match (refusal(front, request), request.op()) {
         (Some(status), _) => Err(status),
         (None, None) => Err(Status::InvalidParms),

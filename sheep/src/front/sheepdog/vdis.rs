@@ -14,7 +14,7 @@ use sheep_core::vdi::Vdi;
 use sheep_core::vdi_name::Target;
 
 use super::Front;
-use super::ops::{Outcome, Reply};
+use super::reply::{Outcome, Reply};
 use super::wire_status::of_volume;
 use crate::data::attributes::{AttributeAction, AttributeResult, attribute as on_attribute};
 use crate::data::volumes::{self, Found};
