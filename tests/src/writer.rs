@@ -171,6 +171,8 @@ pub struct Outcome {
     pub flush_count: u64,
     /// The longest time that any one write or flush took: what a guest sees as a stall.
     pub longest_stall: Duration,
+    /// When that one was sent, counted from the beginning of the writing.
+    pub stalled_at: Duration,
     /// Whether the connection ended before the writer was told to stop.
     pub is_cut: bool,
 }
@@ -259,6 +261,7 @@ struct Writer<'a> {
     /// Rejected because the volume has moved on to a new id; sent again as soon as their object is free.
     again: VecDeque<BlockWrite>,
     unflushed: Vec<(u64, u64)>,
+    began: Instant,
     outcome: Outcome,
 }
 
@@ -286,6 +289,7 @@ pub fn write_until(
         creating: HashSet::new(),
         again: VecDeque::new(),
         unflushed: Vec::new(),
+        began: Instant::now(),
         outcome: Outcome::default(),
     };
     match writer.run(stop) {
@@ -462,6 +466,10 @@ impl Writer<'_> {
     }
 
     fn note_duration(&mut self, started: Instant) {
-        self.outcome.longest_stall = self.outcome.longest_stall.max(started.elapsed());
+        let took = started.elapsed();
+        if took > self.outcome.longest_stall {
+            self.outcome.longest_stall = took;
+            self.outcome.stalled_at = started.duration_since(self.began);
+        }
     }
 }

@@ -39,8 +39,8 @@ fn pause(seconds: f64) {
 fn tell(what: &str, outcomes: &[Outcome]) {
     for (outcome, kind) in outcomes.iter().zip(["write-through", "write-back"]) {
         eprintln!(
-            "{what}: {kind}: {} writes and {} flushes acknowledged, longest stall {:.1?}",
-            outcome.acknowledged_count, outcome.flush_count, outcome.longest_stall
+            "{what}: {kind}: {} writes and {} flushes acknowledged, longest stall {:.1?} (from {:.1?} on)",
+            outcome.acknowledged_count, outcome.flush_count, outcome.longest_stall, outcome.stalled_at
         );
     }
 }

@@ -95,6 +95,10 @@ pub async fn run(front: &Front, request: &Request, payload: Bytes) -> Answer {
 
 async fn dispatch(front: &Front, opcode: Opcode, request: &Request, payload: Bytes) -> Outcome {
     use Opcode as O;
+    if matches!(opcode, O::ReadVdis | O::ReadDelVdis | O::GetVdiCopies) {
+        // What was made through another node is listed here at once.
+        admin::see_everything(front).await;
+    }
     match (opcode, &request.body) {
         (O::ReadObj, RequestBody::Object(body)) => objects::read(front, body, request).await,
         (O::WriteObj, RequestBody::Object(body)) => objects::write(front, body, request, payload).await,
