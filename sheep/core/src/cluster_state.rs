@@ -132,6 +132,12 @@ pub struct ClusterState {
     pub epochs: Vec<Arc<EpochRecord>>,
     /// The last epoch that ended with every object at its newest version on every node that must hold it.
     pub clean: Epoch,
+    /// The operator gave up what nodes that are missing may know of this epoch and those before it.
+    pub forgiven: Epoch,
+    /// Commands applied while the cluster ran: with the epoch, tells which of two memories is the later one.
+    pub served: u64,
+    /// Ids of the clusters that a format replaced: a store that remembers one of them starts over.
+    pub replaced: BTreeSet<u64>,
     /// Members that have reported this for the current epoch.
     pub recovered: BTreeSet<NodeId>,
     /// Every VDI ever made, by id.
@@ -159,6 +165,9 @@ impl Default for ClusterState {
             epoch: Epoch(0),
             epochs: Vec::new(),
             clean: Epoch(0),
+            forgiven: Epoch(0),
+            served: 0,
+            replaced: BTreeSet::new(),
             recovered: BTreeSet::new(),
             vdis: BTreeMap::new(),
             to_reclaim: BTreeSet::new(),
@@ -171,6 +180,7 @@ impl ClusterState {
     /// Applies one command; see invariant 1.
     pub fn apply(&mut self, command: &Command) -> Outcome {
         self.applied += 1;
+        self.served += u64::from(self.phase == Phase::Running);
         let outcome = match command {
             Command::Join { member, time } => self.join(member, *time),
             Command::Evict { node, time } => self.evict(*node, *time),
@@ -200,6 +210,11 @@ impl ClusterState {
         };
         self.check();
         outcome
+    }
+
+    /// How far the cluster had come, for comparing what two nodes remember of it.
+    pub fn progress(&self) -> (Epoch, u64) {
+        (self.epoch, self.served)
     }
 
     /// Whether client requests may be served at all.
@@ -337,15 +352,22 @@ impl ClusterState {
             return Outcome::Refused(Refusal::Waiting);
         }
         let mut members = core::mem::take(&mut self.members);
+        // The numbers go on: what is still under way for the cluster before is of an older epoch, and refused.
+        let epoch = self.epoch.next();
         for member in members.values_mut() {
-            member.since = Epoch(1);
+            member.since = epoch;
         }
-        let applied = self.applied;
-        *self = ClusterState { applied, cluster_id, created: time, settings, members, ..ClusterState::default() };
+        let mut replaced = core::mem::take(&mut self.replaced);
+        if self.cluster_id != 0 {
+            replaced.insert(self.cluster_id);
+        }
+        let (applied, served) = (self.applied, self.served);
+        let empty = ClusterState::default();
+        *self = ClusterState { applied, served, cluster_id, created: time, settings, members, replaced, ..empty };
         self.phase = Phase::Running;
-        self.begin_epoch(Epoch(1), time);
+        self.begin_epoch(epoch, time);
         // Nothing exists yet, so everybody has everything.
-        self.clean = Epoch(1);
+        self.clean = epoch;
         Outcome::Done
     }
 
@@ -399,9 +421,10 @@ impl ClusterState {
             _ => return Outcome::Refused(Refusal::NoEffect),
         }
         self.phase = Phase::Running;
-        // The operator's word replaces what the missing members would have told about the epochs since the clean one.
+        // The operator's word replaces what the missing members would have told about the epochs since the clean one. What
+        // those who are here know of them still counts.
+        self.forgiven = self.epoch;
         self.members_changed(time);
-        self.clean = self.epoch;
         Outcome::Done
     }
 
@@ -471,6 +494,8 @@ impl ClusterState {
 
     fn describe_new(&self, request: &NewVdi, base: Option<&Vdi>) -> Result<Vdi, Refusal> {
         let copies = match (request.copies, base) {
+            // One chain has one set of holders.
+            (_, Some(base)) if base.name == request.name => base.copies,
             (0, Some(base)) => base.copies,
             (0, None) => self.settings.copies,
             (copies, _) => copies,

@@ -32,6 +32,8 @@ struct HistoricEpoch {
 #[derive(Clone)]
 pub struct History {
     epochs: Vec<HistoricEpoch>,
+    /// Nobody has to be heard about this epoch and those before it.
+    forgiven: Epoch,
 }
 
 /// What one node says of its copy of one object.
@@ -81,7 +83,7 @@ impl History {
             });
             HistoricEpoch { record: record.clone(), ring: known.unwrap_or_else(|| ring_of(record).map(Arc::new)) }
         });
-        History { epochs: epochs.collect() }
+        History { epochs: epochs.collect(), forgiven: state.forgiven }
     }
 
     /// The current epoch; 0 before format.
@@ -139,7 +141,8 @@ impl History {
     /// now: then nobody can say that an object nobody mentioned does not exist. `None` if there is no such epoch.
     pub fn possibly_out_of_sight(&self, copies_min: u8) -> Option<Epoch> {
         let last = self.epochs.last()?;
-        self.epochs.iter().map(|at| &at.record).find_map(|record| {
+        let counted = self.epochs.iter().map(|at| &at.record).filter(|record| record.epoch > self.forgiven);
+        counted.into_iter().find_map(|record| {
             let storing = record.members.values().map(|m| &m.member).filter(|member| !member.is_gateway());
             let zones: BTreeSet<u32> = storing.clone().map(|member| member.zone).collect();
             let absent = storing.filter(|member| !last.record.members.contains_key(&member.id));
@@ -151,18 +154,21 @@ impl History {
 
     /// Decides which content is the newest from everybody who could be asked.
     pub fn decide(&self, key: PlacementKey, copies: u8, answers: &[Answer]) -> Decision {
+        let rank = |answer: &Answer| {
+            let as_of = self.current_as_of(answer, key, copies)?;
+            Some((as_of, answer.version.map(|version| version.stamp)))
+        };
+        let best = answers.iter().filter_map(rank).max();
+        // A copy that is current as of an epoch contains every write of the epochs up to it: those need no other witness.
+        let told = best.map_or(self.forgiven, |(as_of, _)| as_of.max(self.forgiven));
         let before_current = self.epochs.len().saturating_sub(1);
-        for at in &self.epochs[..before_current] {
+        for at in self.epochs[..before_current].iter().filter(|at| at.record.epoch > told) {
             let held = at.holders(key, copies);
             if !held.is_empty() && !held.iter().any(|node| answers.iter().any(|answer| answer.node == *node)) {
                 return Decision::Unheard(at.record.epoch);
             }
         }
-        let rank = |answer: &Answer| {
-            let as_of = self.current_as_of(answer, key, copies)?;
-            Some((as_of, answer.version.map(|version| version.stamp)))
-        };
-        let Some(best) = answers.iter().filter_map(rank).max() else { return Decision::Absent };
+        let Some(best) = best else { return Decision::Absent };
         match best.1 {
             None => Decision::Absent,
             Some(stamp) => Decision::Newest {

@@ -103,14 +103,16 @@ fn begin(
     let mut log = OrderLog::open(files, directory)?;
     let lock = log.lock(files)?;
     log.catch_up(files)?;
-    if let Some(remembered) = remembered.filter(|state| state.cluster_id != 0) {
+    let ours = remembered.filter(|state| state.cluster_id != 0);
+    // What belonged to a cluster that was formatted anew meanwhile is given up; so is the memory of it.
+    if let Some(remembered) = ours.filter(|state| !log.state.replaced.contains(&state.cluster_id)) {
         let known = &log.state;
         if known.cluster_id != 0 && known.cluster_id != remembered.cluster_id {
             return Err(OrderError::OtherCluster { ours: remembered.cluster_id, theirs: known.cluster_id });
         }
         // Nodes that are only acquainted (an unformatted log) hold nothing; a log that is behind was begun by a node
         // that missed the cluster's last epochs.
-        if known.cluster_id == 0 || known.applied < remembered.applied {
+        if known.cluster_id == 0 || known.progress() < remembered.progress() {
             log.append_snapshot(files, &lock, remembered.restarted())?;
         }
     }

@@ -39,6 +39,8 @@ pub(super) struct OrderLog {
     position: u64,
     /// What all records up to `position` made.
     pub state: ClusterState,
+    /// Where this file becomes long enough for a next one.
+    next_file_at: u64,
     /// Goes up with every record that was read or appended.
     pub changes: u64,
 }
@@ -63,9 +65,12 @@ impl OrderLog {
             file: None,
             position: 0,
             state: ClusterState::default(),
+            next_file_at: FILE_BYTES_MAX,
             changes: 0,
         };
-        log.number = log.newest(files)?.unwrap_or(0);
+        // A file whose predecessor is not sealed was left by a crash in the middle of beginning it: the order goes on in the
+        // predecessor. So reading begins at the oldest file and goes where the seals lead.
+        log.number = log.oldest(files, 0)?.unwrap_or(0);
         Ok(log)
     }
 
@@ -75,10 +80,11 @@ impl OrderLog {
         Ok(AppendLock { _lock: files.lock(&path).map_err(failed("lock", &path))? })
     }
 
-    /// The highest number among the files; what a crashed snapshot left under another name does not count.
-    fn newest(&self, files: &dyn Files) -> Result<Option<u64>, OrderError> {
+    /// The lowest number from `first` among the files; what a crashed snapshot left under another name does not count.
+    fn oldest(&self, files: &dyn Files, first: u64) -> Result<Option<u64>, OrderError> {
         let entries = files.read_dir(&self.directory).map_err(failed("list", &self.directory))?;
-        Ok(entries.iter().filter_map(|entry| entry.name.strip_prefix("order.")?.parse().ok()).max())
+        let numbers = entries.iter().filter_map(|entry| entry.name.strip_prefix("order.")?.parse().ok());
+        Ok(numbers.filter(|number| *number >= first).min())
     }
 
     fn path(&self, number: u64) -> PathBuf {
@@ -114,8 +120,8 @@ impl OrderLog {
 
     /// The file is missing: nobody has begun yet, or it was removed after its successors were made.
     fn find_file(&mut self, files: &dyn Files, moved: bool) -> Result<bool, OrderError> {
-        match self.newest(files)? {
-            Some(number) if number > self.number => {
+        match self.oldest(files, self.number + 1)? {
+            Some(number) => {
                 self.number = number;
                 self.position = 0;
                 self.catch_up(files)
@@ -157,8 +163,11 @@ impl OrderLog {
             self.state = next;
             outcome
         };
-        if self.position > FILE_BYTES_MAX {
-            self.begin_next_file(files)?;
+        if self.position > self.next_file_at {
+            // The command is in the order whatever comes of this; the next one tries again.
+            if let Err(error) = self.begin_next_file(files) {
+                tracing::warn!("cannot begin the next file of the order: {error}");
+            }
         }
         Ok(outcome)
     }
@@ -205,9 +214,15 @@ impl OrderLog {
         files.rename(&temporary, &target).map_err(failed("rename", &temporary))?;
         files.sync_dir(&self.directory).map_err(failed("sync", &self.directory))?;
         self.write(files, &Record::Sealed)?;
+        // From here on the order goes on in the next file.
+        let sealed = self.number;
+        self.number += 1;
+        self.file = None;
+        self.position = bytes.len() as u64;
+        self.next_file_at = FILE_BYTES_MAX.max(2 * self.position);
         // Two files back nobody can still be reading: every node polls many times in the life of a file, and one that
         // slept through it starts over from the newest.
-        if let Some(old) = self.number.checked_sub(1) {
+        if let Some(old) = sealed.checked_sub(1) {
             match files.remove_file(&self.path(old)) {
                 Err(error) if error.kind() != io::ErrorKind::NotFound => {
                     return Err(failed("remove", &self.path(old))(error));
@@ -215,9 +230,6 @@ impl OrderLog {
                 _ => {}
             }
         }
-        self.number += 1;
-        self.file = Some(files.open(&target, OpenMode::Write).map_err(failed("open", &target))?);
-        self.position = bytes.len() as u64;
         Ok(())
     }
 }

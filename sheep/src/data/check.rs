@@ -1,15 +1,16 @@
 //! Compares all copies of an object and repairs those that are missing, damaged or different.
 
-use std::collections::BTreeMap;
 use std::time::Duration;
 
 use bytes::Bytes;
 use qemu_proto::oid::Oid;
 use sheep_core::member::NodeId;
 use sheep_core::peer_message::{PeerKind, PeerRequest, Verdict};
+use sheep_core::stamp::Stamp;
 
 use super::Data;
 use super::view::View;
+use crate::store::ReadError;
 
 const PATIENCE: Duration = Duration::from_secs(2);
 
@@ -26,28 +27,70 @@ pub struct CheckResult {
     pub unrepairable: u32,
 }
 
+/// Between looks at copies that are not at rest.
+const SETTLE_INTERVAL: Duration = Duration::from_millis(50);
+/// Looks until the copies of an object that is written to all the time are called good or bad by what the last one saw.
+const LOOKS_MAX: usize = 40;
+
+/// What one holder says of its copy.
+#[derive(Clone, PartialEq, Eq, Debug)]
+enum Copy {
+    Good {
+        stamp: Stamp,
+        hash: Bytes,
+    },
+    Missing,
+    Damaged,
+    /// It could not be asked, or is being brought up to date.
+    Unknown,
+}
+
 /// `None` if no holder has the object.
 pub async fn check_object(data: &Data, oid: Oid) -> Option<CheckResult> {
-    // Nothing may be half-way to its holders while they are compared.
+    for _ in 0..LOOKS_MAX {
+        let view = data.view();
+        let copies = look(data, &view, oid).await?;
+        // Copies at different stamps, or that cannot be asked, are on their way: nothing is wrong with them yet.
+        let stamps = copies.iter().filter_map(|(_, copy)| match copy {
+            Copy::Good { stamp, .. } => Some(*stamp),
+            _ => None,
+        });
+        let one_stamp = stamps.clone().min() == stamps.max();
+        let all_known = copies.iter().all(|(_, copy)| *copy != Copy::Unknown);
+        if one_stamp && all_known && data.view().epoch() == view.epoch() {
+            return judge(data, &view, oid, &copies).await;
+        }
+        data.world().clock.sleep(SETTLE_INTERVAL).await;
+    }
+    let view = data.view();
+    let wanted = view.holders(&view.locate(oid)?).len() as u32;
+    Some(CheckResult { wanted, unrepairable: wanted, ..CheckResult::default() })
+}
+
+async fn look(data: &Data, view: &View, oid: Oid) -> Option<Vec<(NodeId, Copy)>> {
     if let Some(lease) = data.leases().held(oid.vid()) {
         lease.await_writes(oid, &(0..u64::MAX)).await;
     }
-    let view = data.view();
-    let location = view.locate(oid)?;
-    let holders = view.holders(&location);
-    let mut found = Vec::new();
+    let holders = view.holders(&view.locate(oid)?);
+    let mut copies = Vec::new();
     for node in &holders {
-        found.push((*node, hash_on(data, &view, *node, oid).await));
+        copies.push((*node, copy_on(data, view, *node, oid).await));
     }
-    let best = majority(&found)?;
-    let mut result = CheckResult { wanted: holders.len() as u32, ..CheckResult::default() };
-    for (node, hash) in &found {
-        if hash.as_ref() == Ok(&best) {
+    Some(copies)
+}
+
+/// Compares copies of one stamp and has the bad ones replaced.
+async fn judge(data: &Data, view: &View, oid: Oid, copies: &[(NodeId, Copy)]) -> Option<CheckResult> {
+    let best = majority(copies)?;
+    let mut result = CheckResult { wanted: copies.len() as u32, ..CheckResult::default() };
+    for (node, copy) in copies {
+        if *copy == best {
             result.good += 1;
             continue;
         }
+        tracing::warn!("the copy of object {oid} on node {node} is bad: it is replaced");
         data.repair_on(*node, oid, view.epoch()).await;
-        if hash_on(data, &view, *node, oid).await.as_ref() == Ok(&best) {
+        if matches!(copy_on(data, view, *node, oid).await, Copy::Good { .. }) {
             result.repaired += 1;
             result.good += 1;
         } else {
@@ -58,30 +101,44 @@ pub async fn check_object(data: &Data, oid: Oid) -> Option<CheckResult> {
 }
 
 /// The content that most holders have; among equals that of the first holder.
-fn majority(found: &[(NodeId, Result<Bytes, Verdict>)]) -> Option<Bytes> {
-    let mut votes: BTreeMap<&Bytes, usize> = BTreeMap::new();
-    for hash in found.iter().filter_map(|(_, hash)| hash.as_ref().ok()) {
-        *votes.entry(hash).or_default() += 1;
-    }
-    let most = *votes.values().max()?;
-    found.iter().filter_map(|(_, hash)| hash.as_ref().ok()).find(|hash| votes[hash] == most).cloned()
+fn majority(copies: &[(NodeId, Copy)]) -> Option<Copy> {
+    let good = || copies.iter().map(|(_, copy)| copy).filter(|copy| matches!(copy, Copy::Good { .. }));
+    let votes = |candidate: &Copy| good().filter(|copy| *copy == candidate).count();
+    let most = good().map(votes).max()?;
+    good().find(|copy| votes(copy) == most).cloned()
 }
 
-async fn hash_on(data: &Data, view: &View, node: NodeId, oid: Oid) -> Result<Bytes, Verdict> {
+async fn copy_on(data: &Data, view: &View, node: NodeId, oid: Oid) -> Copy {
     if node == data.node() {
-        let Some(holder) = data.holder() else { return Err(Verdict::Missing) };
-        super::recovery::ensure_current(data, oid, view.epoch()).await.map_err(|_| Verdict::OldEpoch)?;
-        return match holder.store().hash(oid).await {
-            Ok(hash) => Ok(Bytes::copy_from_slice(hash.as_bytes())),
-            Err(crate::store::ReadError::Missing) => Err(Verdict::Missing),
-            Err(_) => Err(Verdict::Corrupt),
-        };
+        return copy_here(data, view, oid).await;
     }
     let mut request = PeerRequest::new(PeerKind::Hash, view.epoch(), data.node());
     request.oid = oid;
     match data.links().call(node, request, Bytes::new(), PATIENCE).await {
-        Ok((answer, hash)) if answer.verdict == Verdict::Ok => Ok(hash),
-        Ok((answer, _)) => Err(answer.verdict),
-        Err(_) => Err(Verdict::Busy),
+        Ok((answer, hash)) => match answer.verdict {
+            Verdict::Ok => Copy::Good { stamp: answer.version.stamp, hash },
+            Verdict::Missing => Copy::Missing,
+            Verdict::Corrupt => Copy::Damaged,
+            _ => Copy::Unknown,
+        },
+        Err(_) => Copy::Unknown,
+    }
+}
+
+async fn copy_here(data: &Data, view: &View, oid: Oid) -> Copy {
+    let Some(holder) = data.holder() else { return Copy::Unknown };
+    if super::recovery::ensure_current(data, oid, view.epoch()).await.is_err() {
+        return Copy::Unknown;
+    }
+    let before = holder.store().entry(oid).map(|entry| entry.version.stamp);
+    let hash = holder.store().hash(oid).await;
+    match (hash, before, holder.store().entry(oid).map(|entry| entry.version.stamp)) {
+        (Ok(hash), Some(stamp), after) if after == Some(stamp) => {
+            Copy::Good { stamp, hash: Bytes::copy_from_slice(hash.as_bytes()) }
+        }
+        (Ok(_), _, _) => Copy::Unknown,
+        (Err(ReadError::Missing), _, _) => Copy::Missing,
+        (Err(ReadError::Corrupt { .. }), _, _) => Copy::Damaged,
+        (Err(_), _, _) => Copy::Unknown,
     }
 }

@@ -50,6 +50,8 @@ struct State {
     /// VDIs whose writer was lost with this epoch, until everybody has told what it left half-written: a holder that
     /// missed the writer's last write cannot know of it by itself.
     unsure: HashSet<VdiId>,
+    /// False until the first epoch: a process that just started did not take part in the one before.
+    entered: bool,
     /// The cluster was formatted and the old objects are not gone yet: nothing is taken.
     wiping: bool,
     /// Copies found damaged: they count as absent until they are replaced.
@@ -109,6 +111,10 @@ struct Parked {
     answer: oneshot::Sender<Pending>,
 }
 
+/// The copy cannot be read.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Damaged;
+
 /// A write on its way.
 pub enum Pending {
     /// Decided already.
@@ -154,6 +160,7 @@ impl Holder {
             suspects: HashSet::new(),
             told: Vec::new(),
             unsure: HashSet::new(),
+            entered: false,
             wiping: false,
             damaged: HashSet::new(),
             confirmed: HashSet::new(),
@@ -214,7 +221,9 @@ impl Holder {
         );
         let previous = Epoch(view.epoch().get().saturating_sub(1));
         let in_since = view.state.members.get(&self.node).map(|member| member.since);
-        state.continued = in_since.is_some_and(|since| since <= previous) && self.store.clean_through() == previous;
+        state.continued =
+            state.entered && in_since.is_some_and(|since| since <= previous) && self.store.clean_through() == previous;
+        state.entered = true;
         if !state.continued {
             state.suspects.clear();
         }
@@ -346,10 +355,20 @@ impl Holder {
         self.state().damaged.remove(&oid);
     }
 
-    /// The version of the copy here, if there is one that can be read.
-    pub fn version(&self, oid: Oid) -> Option<Version> {
-        let damaged = self.state().damaged.contains(&oid);
-        self.store.entry(oid).filter(|_| !damaged).map(|entry| entry.version)
+    /// The version of the copy here. `Err` if it is damaged: then this node knows nothing of the object, not even that it
+    /// does not exist.
+    pub fn version(&self, oid: Oid) -> Result<Option<Version>, Damaged> {
+        if self.state().damaged.contains(&oid) {
+            return Err(Damaged);
+        }
+        Ok(self.store.entry(oid).map(|entry| entry.version))
+    }
+
+    /// Whether a writer may have left the object half-written, so that all its holders must have the same before it is
+    /// used.
+    pub fn is_doubtful(&self, oid: Oid) -> bool {
+        let state = self.state();
+        state.suspects.contains(&oid) || state.unsure.contains(&oid.vid())
     }
 
     /// Whether this node is about to run out of space: gateways stop sending writes before one has to be refused.
@@ -472,6 +491,10 @@ impl Holder {
 
     fn submit(&self, state: &mut State, request: &PeerRequest, data: Bytes, permit: Permit) -> Pending {
         let version = Version { epoch: request.epoch, stamp: request.stamp };
+        if request.kind == PeerKind::Remove || request.has(FLAG_CREATE) {
+            // Whatever was damaged is replaced.
+            state.damaged.remove(&request.oid);
+        }
         if request.kind == PeerKind::Remove {
             note_write(state, request);
             return Pending::Ticket(self.store.remove(request.oid, version), self.failure.clone());

@@ -18,8 +18,8 @@ use sheep_core::command::{Command, Outcome, Refusal, VdiEdit};
 use sheep_core::vdi::Vdi;
 
 use super::Data;
-use super::gateway::write::{Base, ObjectWrite, write};
-use super::gateway::{ReadFailure, WriteError, read};
+use super::gateway::write::{Base, ObjectWrite, write, write_under};
+use super::gateway::{ReadFailure, WriteError, lease_table, read};
 
 /// Why an inode could not be read or written.
 #[derive(Debug, thiserror::Error)]
@@ -204,15 +204,26 @@ async fn write_map(data: &Data, id: VdiId, offset: u64, payload: Bytes, writer: 
     }
     let touched = map_entries_touched(offset, payload.len() as u64);
     let start = map_offset(touched.start);
-    let old = read_map(data, id, start, touched.len() * MAP_ENTRY_BYTES).await?;
-    let mut new = BytesMut::from(&old[..]);
-    let at = (offset - start) as usize;
-    new[at..at + payload.len()].copy_from_slice(&payload);
-    let known = |entry: u32| entry == 0 || data.view().state.vdis.contains_key(&entry);
-    if !map_entries(&new).all(known) {
-        return Err(InodeError::Invalid);
-    }
-    put_map(data, id, start, new.clone().freeze(), writer.durable).await?;
+    let (old, new) = loop {
+        // What is read here must still hold when it is written: both under one lease.
+        let generation = lease_table::acquire(data, id).await?.generation;
+        let old = read_map(data, id, start, touched.len() * MAP_ENTRY_BYTES).await?;
+        let mut new = BytesMut::from(&old[..]);
+        let at = (offset - start) as usize;
+        new[at..at + payload.len()].copy_from_slice(&payload);
+        let known = |entry: u32| entry == 0 || data.view().state.vdis.contains_key(&entry);
+        if !map_entries(&new).all(known) {
+            return Err(InodeError::Invalid);
+        }
+        let new = new.freeze();
+        match put_map(data, id, start, new.clone(), writer.durable, generation).await {
+            Err(InodeError::Write(WriteError::Fenced)) => {}
+            other => {
+                other?;
+                break (old, new);
+            }
+        }
+    };
     let pairs = touched.zip(map_entries(&old).zip(map_entries(&new)));
     for (index, (before, after)) in pairs {
         if before == id.get() && after != before {
@@ -224,17 +235,27 @@ async fn write_map(data: &Data, id: VdiId, offset: u64, payload: Bytes, writer: 
     Ok(())
 }
 
-/// Writes map bytes; makes the inode object if the VDI still has its parent's map.
-async fn put_map(data: &Data, id: VdiId, offset: u64, payload: Bytes, durable: bool) -> Result<(), InodeError> {
+/// Writes map bytes; makes the inode object if the VDI still has its parent's map. `Fenced` if the lease under which that
+/// was found out is over: then the object may have been made elsewhere, and must not be made again over it.
+async fn put_map(
+    data: &Data,
+    id: VdiId,
+    offset: u64,
+    payload: Bytes,
+    durable: bool,
+    generation: u32,
+) -> Result<(), InodeError> {
     let oid = Oid::inode(id);
     let object = ObjectWrite { oid, offset, data: payload, base: Base::Existing, durable };
-    if read::read(data, oid, 0, 0).await.is_ok() {
-        return Ok(write(data, object).await?);
+    match read::read(data, oid, 0, 0).await {
+        Ok(_) => return Ok(write_under(data, &object, generation).await?),
+        Err(ReadFailure::Missing) => {}
+        Err(error) => return Err(error.into()),
     }
-    match nearest_map(data, id).await? {
-        None => write(data, ObjectWrite { base: Base::Zeros, ..object }).await?,
+    let object = match nearest_map(data, id).await? {
+        None => ObjectWrite { base: Base::Zeros, ..object },
         Some(source) if data.view().same_chain(source, id) => {
-            write(data, ObjectWrite { base: Base::CopyOf(Oid::inode(source)), ..object }).await?;
+            ObjectWrite { base: Base::CopyOf(Oid::inode(source)), ..object }
         }
         Some(source) => {
             // The ancestor's inode is on other nodes: its map comes through here.
@@ -242,24 +263,28 @@ async fn put_map(data: &Data, id: VdiId, offset: u64, payload: Bytes, durable: b
             let mut map = BytesMut::from(&read::read(data, Oid::inode(source), MAP_OFFSET as u64, whole).await?[..]);
             let at = (object.offset - MAP_OFFSET as u64) as usize;
             map[at..at + object.data.len()].copy_from_slice(&object.data);
-            let copy = ObjectWrite { offset: MAP_OFFSET as u64, data: map.freeze(), base: Base::Zeros, ..object };
-            write(data, copy).await?;
+            ObjectWrite { offset: MAP_OFFSET as u64, data: map.freeze(), base: Base::Zeros, ..object }
         }
-    }
-    Ok(())
+    };
+    Ok(write_under(data, &object, generation).await?)
 }
 
 /// Makes sure that a VDI has a map of its own, so that its ancestors' may go.
 pub async fn materialise(data: &Data, id: VdiId) -> Result<(), InodeError> {
     let turn = data.inode_turns().turn(Oid::inode(id));
     let _one_at_a_time = turn.lock().await;
-    match read::read(data, Oid::inode(id), 0, 0).await {
-        Ok(_) => Ok(()),
-        Err(ReadFailure::Missing) => {
-            let entry = read_map(data, id, map_offset(0), MAP_ENTRY_BYTES).await?;
-            put_map(data, id, map_offset(0), entry, true).await
+    loop {
+        let generation = lease_table::acquire(data, id).await?.generation;
+        match read::read(data, Oid::inode(id), 0, 0).await {
+            Ok(_) => return Ok(()),
+            Err(ReadFailure::Missing) => {}
+            Err(error) => return Err(error.into()),
         }
-        Err(error) => Err(error.into()),
+        let entry = read_map(data, id, map_offset(0), MAP_ENTRY_BYTES).await?;
+        match put_map(data, id, map_offset(0), entry, true, generation).await {
+            Err(InodeError::Write(WriteError::Fenced)) => {}
+            other => return other,
+        }
     }
 }
 

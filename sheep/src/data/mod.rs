@@ -55,6 +55,8 @@ struct Inner {
     progress: Progress,
     turns: Turns,
     inode_turns: Turns,
+    /// Commands in the state that the store keeps.
+    saved: tokio::sync::Mutex<u64>,
 }
 
 impl Data {
@@ -74,6 +76,7 @@ impl Data {
             progress: Progress::default(),
             turns: Turns::default(),
             inode_turns: Turns::default(),
+            saved: tokio::sync::Mutex::new(0),
         };
         Data { inner: Arc::new(inner) }
     }
@@ -123,6 +126,10 @@ impl Data {
 
     pub(crate) fn turns(&self) -> &Turns {
         &self.inner.turns
+    }
+
+    pub(crate) fn saved(&self) -> &tokio::sync::Mutex<u64> {
+        &self.inner.saved
     }
 
     pub(crate) fn inode_turns(&self) -> &Turns {

@@ -13,7 +13,7 @@ use sheep_core::stamp::Epoch;
 
 use super::Data;
 use super::gateway::lease_table;
-use super::holder::Holder;
+use super::holder::{Damaged, Holder};
 use super::links::{PEER_PROTOCOL, parse_hello};
 use super::recovery::{LIST_BATCH, ensure_current};
 use crate::world::frames::{FrameReader, FrameSender};
@@ -160,7 +160,7 @@ async fn handle(data: &Data, request: &PeerRequest) -> (PeerAnswer, Bytes) {
         PeerKind::List => list(data, holder, request).await,
         PeerKind::Suspects => suspects(holder, request),
         PeerKind::Flush => holder.flush().await.map(|()| Bytes::new()),
-        PeerKind::Hash => hash(data, holder, request).await,
+        PeerKind::Hash => hash(data, holder, request, &mut header).await,
         PeerKind::Repair => {
             data.repair_here(request.oid, request.epoch).await;
             Ok(Bytes::new())
@@ -193,7 +193,11 @@ async fn read(data: &Data, holder: &Arc<Holder>, request: &PeerRequest) -> Resul
 
 fn query(holder: &Holder, request: &PeerRequest) -> Result<Bytes, Verdict> {
     same_epoch(holder, request)?;
-    holder.version(request.oid).map(|_| Bytes::new()).ok_or(Verdict::Missing)
+    match holder.version(request.oid) {
+        Ok(Some(_)) => Ok(Bytes::new()),
+        Ok(None) => Err(Verdict::Missing),
+        Err(Damaged) => Err(Verdict::Corrupt),
+    }
 }
 
 /// Reads a copy as it stands, with its version; zeros travel as nothing.
@@ -252,10 +256,22 @@ fn suspects(holder: &Holder, request: &PeerRequest) -> Result<Bytes, Verdict> {
     if bytes.len() > PAYLOAD_BYTES_MAX { Err(Verdict::Failed) } else { Ok(bytes.into()) }
 }
 
-async fn hash(data: &Data, holder: &Arc<Holder>, request: &PeerRequest) -> Result<Bytes, Verdict> {
+async fn hash(
+    data: &Data,
+    holder: &Arc<Holder>,
+    request: &PeerRequest,
+    header: &mut PeerAnswer,
+) -> Result<Bytes, Verdict> {
     ensure_current(data, request.oid, request.epoch).await.map_err(|_| Verdict::OldEpoch)?;
+    let before = holder.store().entry(request.oid).ok_or(Verdict::Missing)?;
     match holder.store().hash(request.oid).await {
-        Ok(hash) => Ok(Bytes::copy_from_slice(hash.as_bytes())),
+        Ok(hash) => {
+            let after = holder.store().entry(request.oid).ok_or(Verdict::Missing)?;
+            header.version = after.version;
+            // Written to meanwhile: the hash is of neither version.
+            let at_rest = before.version.stamp == after.version.stamp;
+            if at_rest { Ok(Bytes::copy_from_slice(hash.as_bytes())) } else { Err(Verdict::Busy) }
+        }
         Err(crate::store::ReadError::Missing) => Err(Verdict::Missing),
         Err(error) => {
             tracing::error!("the copy of object {} on this node: {error}", request.oid);

@@ -60,10 +60,11 @@ async fn enter(data: &Data, state: Arc<ClusterState>) {
         if formatted && view.state.cluster_id != 0 && !is_remembered(data, view.state.cluster_id).await {
             holder.wipe().await;
         }
-        epoch_changed |= holder.enter(view.clone());
         if formatted {
+            // Before anything is written for this cluster: a node that remembers another one empties its store.
             save(data, &view).await;
         }
+        epoch_changed |= holder.enter(view.clone());
     }
     data.views().send_replace(view.clone());
     close_lost_leases(data, &view, view.state.cluster_id != previous.state.cluster_id);
@@ -85,14 +86,17 @@ async fn enter(data: &Data, state: Arc<ClusterState>) {
     }
 }
 
-/// Whether the store was part of this cluster before.
+/// Whether what the store holds, if anything, is of this cluster.
 async fn is_remembered(data: &Data, cluster_id: u64) -> bool {
     let Some(holder) = data.holder() else { return false };
-    match holder.store().load_state().await {
-        Ok(Some(bytes)) => {
-            postcard::from_bytes::<ClusterState>(&bytes).is_ok_and(|state| state.cluster_id == cluster_id)
-        }
-        _ => false,
+    let kept = holder.store().load_state().await;
+    match kept.map(|kept| kept.map(|bytes| postcard::from_bytes::<ClusterState>(&bytes))) {
+        Ok(Some(Ok(state))) => state.cluster_id == cluster_id,
+        // Objects come only after the state was saved.
+        Ok(None) => holder.store().object_count() == 0,
+        // It could be read when the node started. Emptying the store because of it is the last thing to do.
+        Ok(Some(Err(error))) => panic!("the store's copy of the cluster's state is damaged: {error}"),
+        Err(error) => panic!("the store's copy of the cluster's state cannot be read: {error}"),
     }
 }
 
@@ -108,9 +112,15 @@ async fn keep_saved(data: Data) {
 /// Keeps the state for the next start. A crash before leaves an older one, which the others' newer one replaces.
 async fn save(data: &Data, view: &View) {
     let Some(holder) = data.holder() else { return };
+    let mut saved = data.saved().lock().await;
+    // Whoever comes late must not put an older state over a newer one.
+    if *saved > view.state.applied {
+        return;
+    }
     let bytes = postcard::to_allocvec(&*view.state).expect("the state's types have no unserialisable values");
-    if let Err(error) = holder.store().save_state(bytes).await {
-        tracing::error!("cannot keep the cluster's state in the store: {error}");
+    match holder.store().save_state(bytes).await {
+        Ok(()) => *saved = view.state.applied,
+        Err(error) => tracing::error!("cannot keep the cluster's state in the store: {error}"),
     }
 }
 
@@ -160,6 +170,8 @@ async fn watch_space(data: Data) {
             holder.retry_parked();
         }
         let view = data.view();
+        // A run that failed, or met the end of the one before, is begun again.
+        reclaim::start_if_due(&data, &view);
         for node in view.state.members.keys() {
             if let Some(link) = data.links().get(*node).filter(|link| link.is_nearly_full()) {
                 link.send(

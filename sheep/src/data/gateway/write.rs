@@ -45,10 +45,16 @@ pub enum Base {
     Removal,
 }
 
+/// Writes under one lease generation only: `Fenced` if this gateway does not hold it (any more). For writes that were
+/// decided from what was read under that lease.
+pub async fn write_under(data: &Data, write: &ObjectWrite, generation: u32) -> Result<(), WriteError> {
+    attempt(data, write, Some(generation)).await
+}
+
 /// Writes to all holders. Done, it is on every one of them.
 pub async fn write(data: &Data, write: ObjectWrite) -> Result<(), WriteError> {
     loop {
-        match attempt(data, &write).await {
+        match attempt(data, &write, None).await {
             // Another gateway was granted the lease meanwhile: take it back and write again, with a newer stamp.
             Err(WriteError::Fenced) => {}
             other => return other,
@@ -56,9 +62,12 @@ pub async fn write(data: &Data, write: ObjectWrite) -> Result<(), WriteError> {
     }
 }
 
-async fn attempt(data: &Data, write: &ObjectWrite) -> Result<(), WriteError> {
+async fn attempt(data: &Data, write: &ObjectWrite, generation: Option<u32>) -> Result<(), WriteError> {
     let location = admit(data, write)?;
     let lease = lease_table::acquire(data, write.oid.vid()).await?;
+    if generation.is_some_and(|generation| generation != lease.generation) {
+        return Err(WriteError::Fenced);
+    }
     if write.data.len() <= PIECE_BYTES_MAX {
         return send(data, &lease, write, location, 0..write.data.len(), write.base).await;
     }

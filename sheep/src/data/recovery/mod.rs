@@ -21,7 +21,7 @@ use sheep_core::command::Command;
 use sheep_core::history::{Answer, Decision};
 use sheep_core::member::NodeId;
 use sheep_core::peer_message::{ListEntry, PeerKind, PeerRequest, Verdict};
-use sheep_core::stamp::{Epoch, Version};
+use sheep_core::stamp::{Epoch, Stamp, Version};
 use tokio::sync::{Mutex, Semaphore};
 use tokio::task::JoinSet;
 
@@ -111,36 +111,58 @@ async fn attempt(data: &Data, holder: &Arc<Holder>, epoch: Epoch) -> Result<(), 
         let told = gather_suspects(data, holder, &view).await?;
         holder.heard_suspects(epoch, told);
     }
-    for oid in holder.suspects() {
-        if holds(&view, data.node(), oid) {
-            ensure_current(data, oid, epoch).await?;
-        } else {
-            holder.confirm(oid, epoch);
-        }
+    // Those first that a guest's last writes were to.
+    let (held, strange): (BTreeSet<Oid>, BTreeSet<Oid>) =
+        holder.suspects().into_iter().partition(|oid| holds(&view, data.node(), *oid));
+    for oid in strange {
+        holder.confirm(oid, epoch);
     }
-    let work = survey(data, holder, &view).await?;
+    let undecided = pass(data, epoch, held).await?;
+    let mut work = survey(data, holder, &view).await?;
+    work.extend(undecided);
     data.progress().total.store(work.len() as u64, Ordering::Relaxed);
     data.progress().listed.store(true, Ordering::Relaxed);
+    loop {
+        // Objects that wait for a missing node are tried again after all others are safe.
+        work = pass(data, epoch, work).await?;
+        if work.is_empty() {
+            return Ok(());
+        }
+        wait_for_change(data, holder).await;
+    }
+}
+
+/// Tries every object once, some side by side; gives those that could not be decided.
+async fn pass(data: &Data, epoch: Epoch, work: BTreeSet<Oid>) -> Result<BTreeSet<Oid>, RecoveryEnd> {
     let limit = Arc::new(Semaphore::new(PARALLEL));
     let mut tasks = JoinSet::new();
+    let mut undecided = BTreeSet::new();
+    let mut note = |ended: Result<(Oid, Result<bool, RecoveryEnd>), tokio::task::JoinError>| {
+        let (oid, result) = ended.map_err(|_| RecoveryEnd::EpochOver)?;
+        if result? {
+            data.progress().done.fetch_add(1, Ordering::Relaxed);
+        } else {
+            undecided.insert(oid);
+        }
+        Ok(())
+    };
     for oid in work {
         // A closed semaphore would mean that this function's own handle is gone.
         let Ok(permit) = limit.clone().acquire_owned().await else { break };
         let data = data.clone();
         tasks.spawn(async move {
-            let result = ensure_current(&data, oid, epoch).await;
-            data.progress().done.fetch_add(1, Ordering::Relaxed);
+            let result = try_current(&data, oid, epoch).await;
             drop(permit);
-            result
+            (oid, result)
         });
         while let Some(ended) = tasks.try_join_next() {
-            ended.unwrap_or(Err(RecoveryEnd::EpochOver))?;
+            note(ended)?;
         }
     }
     while let Some(ended) = tasks.join_next().await {
-        ended.unwrap_or(Err(RecoveryEnd::EpochOver))?;
+        note(ended)?;
     }
-    Ok(())
+    Ok(undecided)
 }
 
 /// What every member knows of objects that lost writers left half-written.
@@ -222,7 +244,7 @@ fn settled_by_lists(
             answers.push(Answer { node: *node, version: None, clean_through: *clean_through });
         }
     }
-    let own = own_answer(data, holder, oid);
+    let Some(own) = own_answer(data, holder, oid) else { return false };
     answers.push(own);
     match view.history.decide(location.key, location.copies, &answers) {
         Decision::Newest { nodes, .. } => nodes.contains(&data.node()),
@@ -231,8 +253,10 @@ fn settled_by_lists(
     }
 }
 
-fn own_answer(data: &Data, holder: &Holder, oid: Oid) -> Answer {
-    Answer { node: data.node(), version: holder.version(oid), clean_through: holder.store().clean_through() }
+/// What this node says itself; nothing if its copy is damaged.
+fn own_answer(data: &Data, holder: &Holder, oid: Oid) -> Option<Answer> {
+    let version = holder.version(oid).ok()?;
+    Some(Answer { node: data.node(), version, clean_through: holder.store().clean_through() })
 }
 
 async fn list_from(
@@ -279,27 +303,33 @@ async fn wait_for_change(data: &Data, holder: &Holder) {
 /// Waits until this node's copy of an object is the newest there is, bringing it here if need be.
 pub async fn ensure_current(data: &Data, oid: Oid, epoch: Epoch) -> Result<(), RecoveryEnd> {
     let Some(holder) = data.holder() else { return Ok(()) };
-    loop {
-        if holder.epoch() != epoch {
-            return Err(RecoveryEnd::EpochOver);
-        }
-        // One at a time per object; whoever waited finds the work done.
-        let turn = data.turns().turn(oid);
-        let _guard = turn.lock().await;
-        for source in holder.sources_needed(oid) {
-            Box::pin(ensure_current(data, source, epoch)).await?;
-        }
-        if holder.is_current(oid) && holder.epoch() == epoch {
-            // Writes may be parked because only their source was missing.
-            holder.confirm(oid, epoch);
-            return Ok(());
-        }
-        if compare(data, holder, oid, epoch).await? {
-            holder.confirm(oid, epoch);
-            return Ok(());
-        }
+    while !try_current(data, oid, epoch).await? {
         wait_for_change(data, holder).await;
     }
+    Ok(())
+}
+
+/// One attempt of `ensure_current`: false if it must be tried again later.
+async fn try_current(data: &Data, oid: Oid, epoch: Epoch) -> Result<bool, RecoveryEnd> {
+    let Some(holder) = data.holder() else { return Ok(true) };
+    if holder.epoch() != epoch {
+        return Err(RecoveryEnd::EpochOver);
+    }
+    // One at a time per object; whoever waited finds the work done.
+    let turn = data.turns().turn(oid);
+    let _guard = turn.lock().await;
+    for source in holder.sources_needed(oid) {
+        if !Box::pin(try_current(data, source, epoch)).await? {
+            return Ok(false);
+        }
+    }
+    // Writes may be parked because only their source was missing.
+    let current = holder.is_current(oid) && holder.epoch() == epoch;
+    if !current && !compare(data, holder, oid, epoch).await? {
+        return Ok(false);
+    }
+    holder.confirm(oid, epoch);
+    Ok(true)
 }
 
 /// Compares one object with the other holders' and brings the newest content here. False if that must be tried again.
@@ -319,17 +349,22 @@ async fn compare(data: &Data, holder: &Arc<Holder>, oid: Oid, epoch: Epoch) -> R
             Ok(false)
         }
         Decision::Absent => {
-            if holder.version(oid).is_some()
-                && let Some(entry) = holder.store().entry(oid)
-            {
+            if let Some(entry) = holder.store().entry(oid) {
                 let ticket = holder.store().remove(oid, entry.version);
+                holder.trust_again(oid);
                 return Ok(ticket.await.is_ok());
             }
             Ok(true)
         }
-        Decision::Newest { nodes, .. } if nodes.contains(&data.node()) => Ok(true),
         Decision::Newest { stamp, nodes } => {
-            if holder.version(oid).is_some_and(|version| version.stamp == stamp) {
+            if holder.version(oid).is_ok_and(|version| version.is_some_and(|version| version.stamp == stamp)) {
+                // What a dead writer left on some holders only must be on all before anybody reads it.
+                if holder.is_doubtful(oid) && !all_have_it(&view, &location, &answers, stamp) {
+                    return Ok(false);
+                }
+                if nodes.contains(&data.node()) {
+                    return Ok(true);
+                }
                 // The same writes: only the time of its last confirmation is older.
                 let ticket = holder.store().confirm(oid, Version { epoch, stamp });
                 return Ok(ticket.await.is_ok());
@@ -338,12 +373,24 @@ async fn compare(data: &Data, holder: &Arc<Holder>, oid: Oid, epoch: Epoch) -> R
                 if fetch::fetch(data, holder, oid, node, epoch).await {
                     holder.trust_again(oid);
                     data.progress().fetched.fetch_add(1, Ordering::Relaxed);
-                    return Ok(true);
+                    // A doubtful one is compared once more, until all holders have the same.
+                    return Ok(!holder.is_doubtful(oid));
                 }
             }
             Ok(false)
         }
     }
+}
+
+/// Whether every current holder that kept up until now has the newest content.
+fn all_have_it(view: &View, location: &Location, answers: &[Answer], newest: Stamp) -> bool {
+    let holders = view.holders(location);
+    let kept_up = |answer: &&Answer| {
+        let as_of = view.history.current_as_of(answer, location.key, location.copies);
+        holders.contains(&answer.node) && as_of.is_some_and(|as_of| as_of.next() >= view.epoch())
+    };
+    let stamp_of = |answer: &Answer| answer.version.map(|version| version.stamp);
+    answers.iter().filter(kept_up).all(|answer| stamp_of(answer) == Some(newest))
 }
 
 /// What every member that may know something says. `None` if one of them did not answer.
@@ -354,7 +401,7 @@ async fn ask_everybody(
     oid: Oid,
     location: &Location,
 ) -> Option<Vec<Answer>> {
-    let mut answers = vec![own_answer(data, holder, oid)];
+    let mut answers: Vec<Answer> = own_answer(data, holder, oid).into_iter().collect();
     let mut calls = JoinSet::new();
     for node in view.history.witnesses(location.key, location.copies) {
         if node == data.node() {
@@ -371,6 +418,8 @@ async fn ask_everybody(
         let version = match answer.verdict {
             Verdict::Ok => Some(answer.version),
             Verdict::Missing => None,
+            // It knows nothing of the object.
+            Verdict::Corrupt => continue,
             _ => return None,
         };
         answers.push(Answer { node, version, clean_through: answer.clean_through });
