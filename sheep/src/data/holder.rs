@@ -221,13 +221,14 @@ impl Holder {
         );
         let previous = Epoch(view.epoch().get().saturating_sub(1));
         let in_since = view.state.members.get(&self.node).map(|member| member.since);
+        let took_part = std::mem::replace(&mut state.entered, true);
         state.continued =
-            state.entered && in_since.is_some_and(|since| since <= previous) && self.store.clean_through() == previous;
-        state.entered = true;
+            took_part && in_since.is_some_and(|since| since <= previous) && self.store.clean_through() == previous;
         if !state.continued {
             state.suspects.clear();
         }
-        let lost = lost_writers(&state.view.state, &view.state);
+        // A process that just started knows of no writer; the others tell it of those that were lost.
+        let lost = if took_part { lost_writers(&state.view.state, &view.state) } else { HashSet::new() };
         let mut told = Vec::new();
         for (vdi, marks) in &mut state.marks {
             let held = view.state.leases.get(&vdi.get()).is_some_and(|lease| {
@@ -262,9 +263,10 @@ impl Holder {
         (state.view.epoch() == epoch).then(|| state.told.clone())
     }
 
-    /// Whether a writer was lost with this epoch, so that the others must be asked.
-    pub fn is_unsure(&self) -> bool {
-        !self.state().unsure.is_empty()
+    /// Whether a writer was, or may have been, lost with this epoch, so that the others must be asked.
+    pub fn must_hear_suspects(&self) -> bool {
+        let state = self.state();
+        !state.continued || !state.unsure.is_empty()
     }
 
     /// Everybody has told what lost writers left half-written.

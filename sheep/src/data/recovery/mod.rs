@@ -107,7 +107,7 @@ async fn attempt(data: &Data, holder: &Arc<Holder>, epoch: Epoch) -> Result<(), 
     if view.epoch() != epoch {
         return Err(RecoveryEnd::EpochOver);
     }
-    if holder.is_unsure() {
+    if holder.must_hear_suspects() {
         let told = gather_suspects(data, holder, &view).await?;
         holder.heard_suspects(epoch, told);
     }
