@@ -196,7 +196,7 @@ fn cases_5_and_6_half_made_and_never_installed_files_are_removed() {
         let disk = SimDisk::new(1);
         let store = open(&disk).await;
         let staged = store.stage(oid(1), 100_000).await.unwrap();
-        staged.write(0, Bytes::from_static(&[7; 4096])).await.unwrap();
+        staged.write(vec![(0, Bytes::from_static(&[7; 4096]))]).await.unwrap();
         std::mem::forget(staged);
         disk.files().open(Path::new("/s/tmp/00000000000000ab.new"), OpenMode::Create).unwrap();
         disk.kill();
@@ -219,7 +219,7 @@ fn case_7_an_install_is_finished_whether_or_not_its_name_was_kept() {
             create(&store, 1, 1, &[1; 100_000]).await;
             for round in 0..2_u8 {
                 let staged = store.stage(oid(1), 50_000).await.unwrap();
-                staged.write(0, Bytes::from(vec![3 + round; 50_000])).await.unwrap();
+                staged.write(vec![(0, Bytes::from(vec![3 + round; 50_000]))]).await.unwrap();
                 staged.install(version(5 + u64::from(round))).await.unwrap();
             }
             overwrite(&store, 1, 9, 10, &[9; 5]).await;
@@ -342,7 +342,7 @@ fn case_13_rot_and_missing_files_are_found_and_discarded_copies_can_be_replaced(
         store.discard_corrupt(oid(1)).await.unwrap();
         assert_eq!(read(1, 4096).await, Err(ReadError::Missing));
         let staged = store.stage(oid(1), 100_000).await.unwrap();
-        staged.write(0, Bytes::from(vec![6; 100_000])).await.unwrap();
+        staged.write(vec![(0, Bytes::from(vec![6; 100_000]))]).await.unwrap();
         staged.install(version(2)).await.unwrap();
         assert_eq!(read(1, 5 * 4096).await.unwrap()[..], [6; 4096]);
     });
@@ -811,7 +811,7 @@ impl Driver {
             let data = self.bytes(bytes.len() as u64);
             let offset = self.random.below((bytes.len() - data.len()) as u64 + 1) as usize;
             bytes[offset..offset + data.len()].copy_from_slice(&data);
-            if staged.write(offset as u64, data.into()).await.is_err() {
+            if staged.write(vec![(offset as u64, data.into())]).await.is_err() {
                 return;
             }
         }

@@ -214,6 +214,42 @@ fn all_nodes_killed_at_once_lose_nothing_durable() -> Result<()> {
     cluster.finish()
 }
 
+/// Writes are answered before a returning node's copy has them (they are deferred): whoever dies in that window, in
+/// whatever company, takes nothing along.
+#[test]
+fn deaths_while_a_node_catches_up_lose_nothing() -> Result<()> {
+    let mut cluster = Cluster::three()?;
+    let mut guests = guests(&cluster)?;
+    let victims: [&[usize]; 6] = [&[2], &[1, 2], &[0, 1, 2], &[1], &[0, 1], &[0]];
+    for (round, victims) in victims.into_iter().enumerate() {
+        let port = cluster.node(0).port;
+        let outcomes = write_while(&mut guests, port, || {
+            pause(0.3);
+            cluster.kill(2)?;
+            pause(0.4);
+            cluster.launch(2)?;
+            pause(0.05 * round as f64);
+            cluster.kill_together(victims)
+        })?;
+        tell(&format!("{victims:?} killed while node 2 caught up"), &outcomes);
+        for index in victims {
+            cluster.launch(*index)?;
+        }
+        for index in 0..3 {
+            cluster.wait_serving(index)?;
+        }
+        cluster.wait_members(3)?;
+        cluster.wait_running()?;
+        // What was not flushed is in the memory of the two whose copies count.
+        let both_died = victims.starts_with(&[0, 1]);
+        let after = if both_died { After::PowerLoss } else { After::ProcessCrash };
+        verify(&cluster, &mut guests, &[0, 1, 2], after)?;
+        cluster.wait_recovered()?;
+        verify(&cluster, &mut guests, &[2], After::ProcessCrash)?;
+    }
+    cluster.finish()
+}
+
 /// The history rule (design, section 7): a copy that missed an epoch in which others may have taken writes is not
 /// served before one of those others has been heard.
 #[test]

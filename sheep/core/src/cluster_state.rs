@@ -70,6 +70,9 @@ pub struct EpochRecord {
     pub members: BTreeMap<NodeId, EpochMember>,
     /// The scale of this epoch's ring.
     pub reference_weight: Option<ReferenceWeight>,
+    /// Members that had everything in an earlier epoch, which is given, and stayed: of what they held ever since, they have
+    /// every acknowledged write from the first moment of this epoch on.
+    pub steady: BTreeMap<NodeId, Epoch>,
 }
 
 impl EpochRecord {
@@ -183,7 +186,7 @@ impl ClusterState {
         self.served += u64::from(self.phase == Phase::Running);
         let outcome = match command {
             Command::Join { member, time } => self.join(member, *time),
-            Command::Evict { node, time } => self.evict(*node, *time),
+            Command::Evict { nodes, time } => self.evict(nodes, *time),
             Command::Format { cluster_id, copies, object_size_shift, flags, time } => {
                 let settings = Settings {
                     copies: *copies,
@@ -265,7 +268,7 @@ impl ClusterState {
         }
         // A process that crashed and came back before anybody noticed must not count as having been there all along:
         // its leave gets an epoch of its own, in which the others were ahead of it.
-        self.evict(member.id, time);
+        self.evict(&[member.id], time);
         let since = if self.phase == Phase::Unformatted { Epoch(0) } else { self.epoch.next() };
         self.members.insert(member.id, EpochMember { member: member.clone(), since });
         if let Phase::Waiting { missing, .. } = &mut self.phase {
@@ -297,17 +300,21 @@ impl ClusterState {
         }
     }
 
-    fn evict(&mut self, node: NodeId, time: u64) -> Outcome {
-        if self.members.remove(&node).is_none() {
+    /// All at once: those who died together leave no epoch in which some of them seem to have gone on.
+    fn evict(&mut self, nodes: &[NodeId], time: u64) -> Outcome {
+        let mut gone = nodes.to_vec();
+        gone.retain(|node| self.members.remove(node).is_some());
+        if gone.is_empty() {
             return Outcome::Refused(Refusal::NoEffect);
         }
-        self.drop_leases_of(node);
-        let needed =
-            self.epochs.last().and_then(|last| last.members.get(&node)).is_some_and(|m| !m.member.is_gateway());
+        for node in &gone {
+            self.drop_leases_of(*node);
+        }
         if let Phase::Waiting { missing, .. } = &mut self.phase {
-            if needed {
-                missing.insert(node);
-            }
+            let last = self.epochs.last();
+            let is_needed =
+                |node: &NodeId| last.and_then(|last| last.members.get(node)).is_some_and(|m| !m.member.is_gateway());
+            missing.extend(gone.into_iter().filter(is_needed));
         } else {
             self.members_changed(time);
         }
@@ -331,13 +338,23 @@ impl ClusterState {
     }
 
     fn begin_epoch(&mut self, epoch: Epoch, time: u64) {
+        let (previous, recovered) = (self.epoch, core::mem::take(&mut self.recovered));
+        let before = self.epochs.last().map(|last| &last.steady);
+        let steady_from = |node: &NodeId| {
+            if self.clean == previous || recovered.contains(node) {
+                return Some(previous);
+            }
+            before.and_then(|steady| steady.get(node).copied())
+        };
+        let stayed = self.members.iter().filter(|(_, member)| member.since <= previous).map(|(node, _)| node);
+        let steady = stayed.filter_map(|node| Some((*node, steady_from(node)?))).collect();
         self.epoch = epoch;
-        self.recovered.clear();
         if self.settings.reference_weight.is_none() {
             self.settings.reference_weight = ReferenceWeight::of(&ring_members(&self.members));
         }
         let reference_weight = self.settings.reference_weight;
-        self.epochs.push(Arc::new(EpochRecord { epoch, time, members: self.members.clone(), reference_weight }));
+        let members = self.members.clone();
+        self.epochs.push(Arc::new(EpochRecord { epoch, time, members, reference_weight, steady }));
         let clean = self.clean;
         let shown_only = self.epochs.iter().filter(|record| record.epoch < clean).count();
         self.epochs.drain(..shown_only.saturating_sub(EPOCHS_SHOWN_MAX));

@@ -18,8 +18,8 @@ use crate::stamp::Epoch;
 pub enum Command {
     /// A process comes in. Its node may be new, known from earlier epochs, or (after a crash nobody noticed) still listed.
     Join { member: Member, time: u64 },
-    /// A node is no longer in: it left, or it is known to be dead.
-    Evict { node: NodeId, time: u64 },
+    /// Nodes are no longer in: they left, or they are known to be dead. All at once, in one epoch.
+    Evict { nodes: Vec<NodeId>, time: u64 },
     /// The moment the cluster begins. Everything that was there is gone.
     Format { cluster_id: u64, copies: u8, object_size_shift: u8, flags: u16, time: u64 },
     /// The node has every object of this epoch that it must have, at its newest version.

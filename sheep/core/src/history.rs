@@ -7,7 +7,9 @@
 //!
 //! Always holds:
 //! 1. No decision is made before at least one holder of every epoch since the clean one was heard (or the operator said
-//!    that it will not be heard): an older copy is never taken for the newest.
+//!    that it will not be heard): an older copy is never taken for the newest. A holder that was still being brought up
+//!    to date in an epoch that had steady ones may have *deferred* its writes (answered them before its copy had them), so
+//!    it is no witness of that epoch unless its copy shows that it went all the way.
 //! 2. The decision does not depend on the order of the answers, and every node that hears the same answers decides
 //!    the same.
 
@@ -130,6 +132,30 @@ impl History {
         Some(as_of)
     }
 
+    /// Whether a node whose copy is not current may answer a write of the current epoch before the copy has it: a steady
+    /// holder must have it, and nothing that this node says after a crash, or in a later epoch, may count as if its copy
+    /// had taken what this epoch wrote.
+    pub fn may_defer(&self, own: &Answer, key: PlacementKey, copies: u8) -> bool {
+        let Some(last) = self.epochs.last() else { return false };
+        let Some(member) = last.record.members.get(&own.node) else { return false };
+        let steady = self.steady_holders(last, key, copies);
+        if steady.is_empty() || steady.contains(&own.node) {
+            return false;
+        }
+        let behind = |as_of: Epoch| as_of < self.current() && (as_of.next() < self.current() || member.since > as_of);
+        self.current_as_of(own, key, copies).is_none_or(behind)
+    }
+
+    /// The holders of an object that had its newest content from the first moment of an epoch.
+    fn steady_holders(&self, at: &HistoricEpoch, key: PlacementKey, copies: u8) -> Vec<NodeId> {
+        let held_since = |node: &NodeId, from: Epoch| {
+            (from.get()..at.record.epoch.get()).all(|epoch| self.held(*node, Epoch(epoch), key, copies))
+        };
+        let is_steady = |node: &NodeId| at.record.steady.get(node).is_some_and(|from| held_since(node, *from));
+        let holders = at.holders(key, copies);
+        holders.iter().copied().filter(is_steady).collect()
+    }
+
     /// Current members that held the object in any epoch since the clean one: whoever may have something to say.
     pub fn witnesses(&self, key: PlacementKey, copies: u8) -> BTreeSet<NodeId> {
         let Some(last) = self.epochs.last() else { return BTreeSet::new() };
@@ -164,7 +190,13 @@ impl History {
         let before_current = self.epochs.len().saturating_sub(1);
         for at in self.epochs[..before_current].iter().filter(|at| at.record.epoch > told) {
             let held = at.holders(key, copies);
-            if !held.is_empty() && !held.iter().any(|node| answers.iter().any(|answer| answer.node == *node)) {
+            let steady = self.steady_holders(at, key, copies);
+            let may_have_deferred = |answer: &Answer| {
+                let went_all_the_way = || self.current_as_of(answer, key, copies) >= Some(at.record.epoch);
+                !steady.is_empty() && !steady.contains(&answer.node) && !went_all_the_way()
+            };
+            let heard = |answer: &Answer| held.contains(&answer.node) && !may_have_deferred(answer);
+            if !held.is_empty() && !answers.iter().any(heard) {
                 return Decision::Unheard(at.record.epoch);
             }
         }

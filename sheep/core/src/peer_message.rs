@@ -158,6 +158,9 @@ pub enum Verdict {
     Stranger = 9,
     /// Cannot be done now: ask again.
     Busy = 10,
+    /// The write is kept in memory until this node's copy, which is being brought up to date, can take it. Nothing this
+    /// node says counts for the object before then, so the write is as safe as on the other holders.
+    Deferred = 11,
 }
 
 impl Verdict {
@@ -175,6 +178,7 @@ impl Verdict {
             V::Failed,
             V::Stranger,
             V::Busy,
+            V::Deferred,
         ]
         .into_iter()
         .find(|verdict| *verdict as u8 == code)

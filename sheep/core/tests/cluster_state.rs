@@ -62,7 +62,7 @@ fn snapshot(state: &mut ClusterState, name: &str) -> (VdiId, VdiId) {
 fn format_begins_epoch_one_clean_and_every_change_of_members_makes_the_next() {
     let mut state = formatted(3);
     assert_eq!((state.epoch, state.clean), (Epoch(1), Epoch(1)));
-    state.apply(&Command::Evict { node: NodeId(3), time: 5 });
+    state.apply(&Command::Evict { nodes: vec![NodeId(3)], time: 5 });
     assert_eq!((state.epoch, state.clean), (Epoch(2), Epoch(1)));
     for node in [1, 2] {
         state.apply(&Command::Recovered { node: NodeId(node), epoch: Epoch(2) });
@@ -84,7 +84,7 @@ fn a_node_that_crashes_and_is_back_before_anybody_noticed_was_away_for_an_epoch(
 #[test]
 fn the_report_of_an_older_epoch_does_not_end_the_current_one_clean() {
     let mut state = formatted(2);
-    state.apply(&Command::Evict { node: NodeId(2), time: 5 });
+    state.apply(&Command::Evict { nodes: vec![NodeId(2)], time: 5 });
     assert_eq!(
         state.apply(&Command::Recovered { node: NodeId(1), epoch: Epoch(1) }),
         Outcome::Refused(Refusal::NoEffect)
@@ -165,7 +165,7 @@ fn a_lease_has_one_holder_and_its_generation_only_goes_up() {
     assert_eq!(state.apply(&release(2, 1)), Outcome::Refused(Refusal::NoEffect));
     assert_eq!(state.apply(&release(1, 1)), Outcome::Done);
     assert_eq!(state.apply(&acquire(2)), Outcome::Lease(2));
-    state.apply(&Command::Evict { node: NodeId(2), time: 1 });
+    state.apply(&Command::Evict { nodes: vec![NodeId(2)], time: 1 });
     assert_eq!(state.apply(&acquire(3)), Outcome::Lease(3), "the dead hold nothing");
     assert_eq!(state.apply(&acquire(2)), Outcome::Refused(Refusal::NoEffect), "nor take anything");
 }
@@ -196,7 +196,7 @@ fn after_an_orderly_stop_the_epoch_goes_on_once_all_are_back() {
         assert!(!back.is_running());
     }
     // One of them dies again while the others are waited for.
-    back.apply(&Command::Evict { node: NodeId(3), time: 1 });
+    back.apply(&Command::Evict { nodes: vec![NodeId(3)], time: 1 });
     back.apply(&join(2));
     assert!(!back.is_running());
     back.apply(&join(3));
@@ -240,7 +240,7 @@ fn any_command() -> impl Strategy<Value = Command> {
         prop::sample::select(vec![0x4f_0e0b_u32, 0x4f_0e0c, 0x4f_0e0d, 0x65_02b4, 1, 2]).prop_map(VdiId::from_low_bits);
     prop_oneof![
         (1_u64..6).prop_map(join),
-        node.clone().prop_map(|node| Command::Evict { node, time: 1 }),
+        node.clone().prop_map(|node| Command::Evict { nodes: vec![node], time: 1 }),
         (node.clone(), 0_u32..40).prop_map(|(node, epoch)| Command::Recovered { node, epoch: Epoch(epoch) }),
         (name.clone(), prop::option::of(vdi.clone()), any::<bool>(), prop::option::of((node.clone(), 1_u32..4)))
             .prop_map(|(name, base, snapshot, drained)| new_vdi(name, base, snapshot, drained)),

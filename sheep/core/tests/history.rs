@@ -41,7 +41,7 @@ impl Story {
     }
 
     fn dies(&mut self, node: u64) {
-        self.state.apply(&Command::Evict { node: NodeId(node), time: 0 });
+        self.state.apply(&Command::Evict { nodes: vec![NodeId(node)], time: 0 });
     }
 
     fn ends_clean(&mut self) {
@@ -50,6 +50,10 @@ impl Story {
             self.state.apply(&Command::Recovered { node, epoch });
         }
         assert_eq!(self.state.clean, epoch);
+    }
+
+    fn may_defer(&self, own: &Answer) -> bool {
+        History::of(&self.state, None).may_defer(own, key(), COPIES)
     }
 
     fn decide(&self, answers: &[Answer]) -> Decision {
@@ -169,6 +173,67 @@ fn after_everybody_crashed_the_highest_stamp_of_those_who_are_back_wins() {
     assert!(story.state.is_running());
     let answers = [has(A, 1, stamp(1, 7), 1), has(B, 1, stamp(1, 9), 1), has(C, 1, stamp(1, 8), 1)];
     assert_eq!(story.decide(&answers), newest(stamp(1, 9), &[B]));
+}
+
+#[test]
+fn who_deferred_writes_is_no_witness_of_them() {
+    // 2: C is dead, A and B have everything; 3: C is back and answers writes before its copy has them.
+    let mut story = Story::begin();
+    story.dies(C);
+    story.ends_clean();
+    story.joins(C);
+    let stale = has(C, 1, stamp(1, 5), 1);
+    assert!(story.may_defer(&stale));
+    assert!(!story.may_defer(&has(A, 2, stamp(1, 8), 2)), "a steady holder has every write");
+    // 4: B dies, A takes more and C defers on; 5: A dies; 6: B is back.
+    story.dies(B);
+    assert!(story.may_defer(&stale));
+    story.dies(A);
+    assert_eq!(story.decide(&[stale]), Decision::Unheard(Epoch(2)));
+    story.joins(B);
+    let of_b = has(B, 3, stamp(1, 9), 2);
+    assert!(!story.may_defer(&stale), "nobody is steady any more");
+    // Only A knows what 4 took.
+    assert_eq!(story.decide(&[stale, of_b]), Decision::Unheard(Epoch(4)));
+    let caught_up = has(C, 4, stamp(2, 1), 1);
+    assert_eq!(story.decide(&[caught_up, of_b]), newest(stamp(2, 1), &[C]));
+    story.joins(A);
+    assert_eq!(story.decide(&[stale, of_b, has(A, 4, stamp(2, 1), 2)]), newest(stamp(2, 1), &[A]));
+}
+
+#[test]
+fn a_node_that_came_back_at_once_may_defer_and_is_no_witness_either() {
+    let mut story = Story::begin();
+    story.joins(C);
+    let stale = has(C, 1, stamp(1, 5), 1);
+    assert!(story.may_defer(&stale));
+    story.state.apply(&Command::Evict { nodes: vec![NodeId(A), NodeId(B)], time: 0 });
+    assert_eq!(story.decide(&[stale]), Decision::Unheard(Epoch(2)));
+}
+
+#[test]
+fn a_copy_that_would_seem_to_have_gone_on_may_not_defer() {
+    // C has an object's write of epoch 3 and did not get to recover the rest before 4 began.
+    let mut story = Story::begin();
+    story.dies(C);
+    story.ends_clean();
+    story.joins(C);
+    let written = has(C, 3, stamp(2, 1), 1);
+    story.dies(B);
+    assert!(!story.may_defer(&written));
+    assert!(story.may_defer(&has(C, 1, stamp(1, 5), 1)));
+}
+
+#[test]
+fn after_a_power_cut_nobody_defers_and_two_of_three_suffice() {
+    let mut story = Story::begin();
+    story.state.apply(&Command::Evict { nodes: vec![NodeId(A), NodeId(B), NodeId(C)], time: 0 });
+    let all = [A, B, C].map(|node| has(node, 1, stamp(1, 5), 1));
+    for node in [A, B] {
+        story.joins(node);
+        assert!(all.iter().all(|answer| !story.may_defer(answer)));
+    }
+    assert_eq!(story.decide(&all[..2]), newest(stamp(1, 5), &[A, B]));
 }
 
 #[test]

@@ -120,26 +120,32 @@ fn begin(
         let state = log.state.clone().restarted();
         log.append_snapshot(files, &lock, state)?;
     }
-    evict_dead(files, directory, &mut log, &lock, member.id, time)?;
+    // This process has the lock of its own id: a member of that id is an earlier process.
+    let earlier = log.state.members.contains_key(&member.id).then_some(member.id);
+    evict_dead(files, directory, &mut log, &lock, earlier, member.id, time)?;
     log.append(files, &lock, Command::Join { member: member.clone(), time })?;
     let state = log.state.clone();
     Ok((log, state))
 }
 
-/// Puts the eviction of every member whose process is gone into the order.
+/// Puts the eviction of every member whose process is gone into the order, and of `earlier`.
 fn evict_dead(
     files: &dyn Files,
     directory: &std::path::Path,
     log: &mut OrderLog,
     lock: &super::order_log::AppendLock,
+    earlier: Option<NodeId>,
     own: NodeId,
     time: u64,
 ) -> Result<(), OrderError> {
-    let others: Vec<NodeId> = log.state.members.keys().copied().filter(|node| *node != own).collect();
-    for node in others {
+    let mut nodes = Vec::from_iter(earlier);
+    for node in log.state.members.keys().copied().filter(|node| *node != own) {
         if is_dead(files, directory, node)? {
-            log.append(files, lock, Command::Evict { node, time })?;
+            nodes.push(node);
         }
+    }
+    if !nodes.is_empty() {
+        log.append(files, lock, Command::Evict { nodes, time })?;
     }
     Ok(())
 }
@@ -183,7 +189,7 @@ impl Local {
             if dead {
                 let lock = log.lock(files)?;
                 log.catch_up(files)?;
-                evict_dead(files, &local.directory, log, &lock, local.member.id, time)?;
+                evict_dead(files, &local.directory, log, &lock, None, local.member.id, time)?;
             }
             Ok(())
         })
@@ -251,7 +257,7 @@ impl Driver for Arc<Local> {
 
     fn leave(&self) -> DriverFuture<'_, ()> {
         Box::pin(async move {
-            let command = Command::Evict { node: self.member.id, time: self.world.clock.wall().to_wire() };
+            let command = Command::Evict { nodes: vec![self.member.id], time: self.world.clock.wall().to_wire() };
             let departing = self.alive.lock().unwrap_or_else(PoisonError::into_inner).take();
             if let Err(error) = self.order(command).await {
                 tracing::warn!("left without saying so: {error}");

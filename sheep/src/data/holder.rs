@@ -2,7 +2,9 @@
 //!
 //! A copy may be used when it is *current*: known to be the newest there is in this epoch. Right after a change of members
 //! only some copies are; the others are compared with the other holders', and fetched where they are older, by
-//! `recovery`. Writes to a copy that is not current yet are parked and applied, in the order they came, when it is.
+//! `recovery`. Writes to a copy that is not current yet are parked and applied, in the order they came, when it is. So that
+//! a guest does not wait for whole objects to travel, most of them are *deferred*: answered as soon as they are parked. The
+//! gateway ends a write only when another holder has it in a copy that counts.
 //!
 //! Always holds:
 //! 1. The writes of an object are submitted to the store in stamp order: a gateway sends them in that order over one
@@ -10,6 +12,9 @@
 //! 2. Nothing of an older epoch is accepted, and nothing of an older lease generation than one that has written.
 //! 3. A foreign reader (not the lease holder) sees only what is on all holders, so what it saw cannot be taken back by a
 //!    crash.
+//! 4. While an object has deferred writes, nothing this node says of it, now or after a crash, counts as if its copy had
+//!    taken what the current epoch wrote (`History::may_defer`): its version gets the current epoch with the last of
+//!    them, not before. Deferred writes are always the first of those parked for an object.
 
 use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -17,6 +22,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use bytes::Bytes;
 use qemu_proto::oid::{Oid, VdiId};
 use sheep_core::cluster_state::ClusterState;
+use sheep_core::history::Answer;
 use sheep_core::member::NodeId;
 use sheep_core::peer_message::{FLAG_COPY, FLAG_CREATE, FLAG_DURABLE, PeerKind, PeerRequest, Verdict};
 use sheep_core::stamp::{Epoch, Stamp, Version};
@@ -59,6 +65,12 @@ struct State {
     /// Compared (and fetched) in this epoch.
     confirmed: HashSet<Oid>,
     parked: HashMap<Oid, VecDeque<Parked>>,
+    /// Whether writes may be deferred in this epoch.
+    deferring: bool,
+    /// Payload bytes of deferred writes.
+    deferred_bytes: u64,
+    /// Objects that lost deferred writes since their comparison began: it must be done again.
+    dropped: HashSet<Oid>,
     /// Per VDI, what its writer has told.
     marks: HashMap<VdiId, Marks>,
 }
@@ -108,7 +120,33 @@ impl Marks {
 struct Parked {
     request: PeerRequest,
     data: Bytes,
-    answer: oneshot::Sender<Pending>,
+    /// Nothing if the write was deferred: its gateway has its answer.
+    answer: Option<oneshot::Sender<Pending>>,
+}
+
+/// Most payload bytes of deferred writes. Beyond that writes wait for their objects, so that guests get as fast as
+/// recovery is.
+const DEFERRED_BYTES_MAX: u64 = 64 << 20;
+
+/// What [`Holder::writes_between`] found.
+pub enum Between {
+    /// All of them: offsets and bytes.
+    Writes(Vec<(u64, Bytes)>),
+    /// The last ones have not come yet.
+    NotAllYet,
+    /// One of them is a creation, a copy or a removal.
+    Replaced,
+}
+
+/// What must be brought up to date because of a write.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Wanted {
+    /// Nothing, or what somebody else wanted already.
+    Nothing,
+    /// An object, at once: the write waits for it.
+    Now(Oid),
+    /// An object, when its turn comes: the write is deferred.
+    InTurn(Oid),
 }
 
 /// The copy cannot be read.
@@ -165,6 +203,9 @@ impl Holder {
             damaged: HashSet::new(),
             confirmed: HashSet::new(),
             parked: HashMap::new(),
+            deferring: false,
+            deferred_bytes: 0,
+            dropped: HashSet::new(),
             marks: HashMap::new(),
         };
         Holder {
@@ -247,6 +288,9 @@ impl Holder {
         state.confirmed.clear();
         // Dropping the parked writes answers `OldEpoch`: their gateway sends them again in this epoch.
         state.parked.clear();
+        state.deferring = true;
+        state.dropped.clear();
+        state.deferred_bytes = 0;
         state.view = view;
         self.changed.notify_waiters();
         true
@@ -292,11 +336,35 @@ impl Holder {
         self.state().recovering
     }
 
-    /// A copy was compared, and fetched if need be, in `epoch`: parked writes go on.
-    pub fn confirm(&self, oid: Oid, epoch: Epoch) {
+    /// The comparison of an object begins.
+    pub fn begin_comparison(&self, oid: Oid) {
+        self.state().dropped.remove(&oid);
+    }
+
+    /// A copy was compared, and fetched if need be, in `epoch`: parked writes go on. False if it must be compared again.
+    pub fn confirm(&self, oid: Oid, epoch: Epoch) -> bool {
+        self.confirm_as(oid, epoch, false)
+    }
+
+    /// As `confirm`, for a copy whose version does not show yet that it is the newest of this epoch.
+    pub fn confirm_durably(&self, oid: Oid, epoch: Epoch) -> bool {
+        self.confirm_as(oid, epoch, true)
+    }
+
+    fn confirm_as(&self, oid: Oid, epoch: Epoch, durably: bool) -> bool {
         let mut state = self.state();
         if state.view.epoch() != epoch {
-            return;
+            return true;
+        }
+        if state.dropped.contains(&oid) || !self.submit_deferred(&mut state, oid) {
+            return false;
+        }
+        if durably
+            && let Some(entry) = self.store.entry(oid)
+            && entry.version.epoch < epoch
+        {
+            // Nobody waits for it: the order of the journal is what matters.
+            drop(self.store.confirm(oid, Version { epoch, stamp: entry.version.stamp }));
         }
         state.suspects.remove(&oid);
         state.confirmed.insert(oid);
@@ -311,8 +379,87 @@ impl Holder {
         }
         drop(state);
         self.changed.notify_waiters();
+        true
     }
 
+    /// Submits the deferred writes of an object. Only the last of them carries the current epoch into the object's
+    /// version (invariant 4). False if there is no space.
+    fn submit_deferred(&self, state: &mut State, oid: Oid) -> bool {
+        let Some(mut parked) = state.parked.remove(&oid) else { return true };
+        let mut left = parked.iter().take_while(|parked| parked.answer.is_none()).count();
+        while left > 0
+            && let Some(first) = parked.front()
+        {
+            let mut request = first.request;
+            if left > 1 {
+                request.epoch = self.store.entry(oid).map_or(Epoch(0), |entry| entry.version.epoch);
+            }
+            let permit = self.store.admit_now(first.data.len() as u64);
+            match self.submit(state, &request, first.data.clone(), permit) {
+                Pending::Now(Verdict::NoSpace) => {
+                    state.parked.insert(oid, parked);
+                    return false;
+                }
+                Pending::Now(verdict) => {
+                    // The other holders said the same to the gateway.
+                    tracing::warn!("a deferred write to object {oid} was dropped: {verdict:?}");
+                }
+                Pending::Ticket(..) | Pending::Parked(_) => {}
+            }
+            left -= 1;
+            if let Some(done) = parked.pop_front() {
+                state.deferred_bytes -= done.data.len() as u64;
+            }
+        }
+        if !parked.is_empty() {
+            state.parked.insert(oid, parked);
+        }
+        true
+    }
+
+    /// No write of `epoch` is deferred from now on.
+    pub fn stop_deferring(&self, epoch: Epoch) {
+        let mut state = self.state();
+        if state.view.epoch() == epoch {
+            state.deferring = false;
+        }
+    }
+
+    /// Whether deferred writes of `epoch` are not in their copies yet.
+    pub fn has_deferred(&self, epoch: Epoch) -> bool {
+        let state = self.state();
+        let is_deferred = |parked: &VecDeque<Parked>| parked.front().is_some_and(|first| first.answer.is_none());
+        state.view.epoch() == epoch && state.parked.values().any(is_deferred)
+    }
+
+    /// The writes that take an object from the content at stamp `after` to that at `through`, in order, as far as they were
+    /// sent to this node.
+    pub fn writes_between(&self, oid: Oid, after: Stamp, through: Stamp) -> Between {
+        if through <= after {
+            return Between::Writes(Vec::new());
+        }
+        let state = self.state();
+        let parked = state.parked.get(&oid).into_iter().flatten();
+        let newer = parked.filter(|parked| parked.request.stamp > after);
+        let mut writes = Vec::new();
+        let mut last = after;
+        for parked in newer {
+            let request = &parked.request;
+            // One that was sent once more is there twice.
+            if request.stamp <= last {
+                continue;
+            }
+            last = request.stamp;
+            if last > through {
+                break;
+            }
+            if !is_plain(request) {
+                return Between::Replaced;
+            }
+            writes.push((request.offset, parked.data.clone()));
+        }
+        if last < through { Between::NotAllYet } else { Between::Writes(writes) }
+    }
     /// Submits the parked writes of an object, in order, as far as there is space.
     fn unpark(&self, state: &mut State, oid: Oid) {
         let mut parked = state.parked.remove(&oid).unwrap_or_default();
@@ -330,7 +477,9 @@ impl Holder {
                     return;
                 }
                 pending => {
-                    let _ = first.answer.send(pending);
+                    if let Some(answer) = first.answer {
+                        let _ = answer.send(pending);
+                    }
                 }
             }
         }
@@ -384,6 +533,7 @@ impl Holder {
             let mut state = self.state();
             state.marks.clear();
             state.parked.clear();
+            state.deferred_bytes = 0;
             state.suspects.clear();
             state.damaged.clear();
             state.wiping = true;
@@ -422,30 +572,67 @@ impl Holder {
 
     /// Checks and submits a write; the order of calls is the order in which an object's writes are applied. `Err` gives the
     /// object that must be brought up to date first (the write is parked behind it).
-    pub fn write(&self, request: &PeerRequest, data: Bytes, permit: Permit) -> (Pending, Option<Oid>) {
+    pub fn write(&self, request: &PeerRequest, data: Bytes, permit: Permit) -> (Pending, Wanted) {
         let mut state = self.state();
         if let Some(verdict) = Self::refuse(&mut state, request) {
-            return (Pending::Now(verdict), None);
+            return (Pending::Now(verdict), Wanted::Nothing);
         }
         let waits_for = self.waits_for(&state, request);
         if waits_for.is_some() || state.parked.contains_key(&request.oid) {
             // A parked write may wait for other nodes; journal space must not (it may be what they wait for).
             drop(permit);
-            let (answer, receiver) = oneshot::channel();
-            let parked = Parked { request: *request, data, answer };
-            state.parked.entry(request.oid).or_default().push_back(parked);
-            return (Pending::Parked(receiver), Some(request.oid));
+            return self.park(&mut state, request, data);
         }
         match self.submit(&mut state, request, data.clone(), permit) {
             // Refusing it here while other holders take it would leave the copies different: it waits for space.
             Pending::Now(Verdict::NoSpace) => {
                 tracing::error!("no space for a write to object {}: it waits; free space or add a disk", request.oid);
                 let (answer, receiver) = oneshot::channel();
-                state.parked.entry(request.oid).or_default().push_back(Parked { request: *request, data, answer });
-                (Pending::Parked(receiver), None)
+                let parked = Parked { request: *request, data, answer: Some(answer) };
+                state.parked.entry(request.oid).or_default().push_back(parked);
+                (Pending::Parked(receiver), Wanted::Nothing)
             }
-            pending => (pending, None),
+            pending => (pending, Wanted::Nothing),
         }
+    }
+
+    /// Keeps a write until its object is current.
+    fn park(&self, state: &mut State, request: &PeerRequest, data: Bytes) -> (Pending, Wanted) {
+        let oid = request.oid;
+        let last_was_deferred = state.parked.get(&oid).and_then(VecDeque::back).map(|last| last.answer.is_none());
+        if self.may_defer(state, request, data.len() as u64, last_was_deferred) {
+            note_write(state, request);
+            state.deferred_bytes += data.len() as u64;
+            state.parked.entry(oid).or_default().push_back(Parked { request: *request, data, answer: None });
+            let wanted = if last_was_deferred.is_none() { Wanted::InTurn(oid) } else { Wanted::Nothing };
+            return (Pending::Now(Verdict::Deferred), wanted);
+        }
+        let (answer, receiver) = oneshot::channel();
+        state.parked.entry(oid).or_default().push_back(Parked { request: *request, data, answer: Some(answer) });
+        // Whoever was the first to wait has had it wanted; a copy wants its source as well.
+        let first_to_wait = last_was_deferred != Some(false);
+        let wanted = if first_to_wait || request.has(FLAG_COPY) { Wanted::Now(oid) } else { Wanted::Nothing };
+        (Pending::Parked(receiver), wanted)
+    }
+
+    /// Whether a write to an object that is not current may be answered now. `last_was_deferred` tells of the last one that
+    /// is parked for the same object, if any.
+    fn may_defer(&self, state: &State, request: &PeerRequest, bytes: u64, last_was_deferred: Option<bool>) -> bool {
+        let oid = request.oid;
+        let doubtful = state.suspects.contains(&oid) || state.unsure.contains(&oid.vid());
+        if !state.recovering || !state.deferring || doubtful || !is_plain(request) {
+            return false;
+        }
+        if state.deferred_bytes + bytes > DEFERRED_BYTES_MAX {
+            return false;
+        }
+        if let Some(deferred) = last_was_deferred {
+            return deferred;
+        }
+        let Some(at) = state.view.locate(oid) else { return false };
+        let version = self.store.entry(oid).map(|entry| entry.version);
+        let own = Answer { node: self.node, version, clean_through: self.store.clean_through() };
+        !is_current(state, self.node, oid) && state.view.history.may_defer(&own, at.key, at.copies)
     }
 
     fn waits_for(&self, state: &State, request: &PeerRequest) -> Option<Oid> {
@@ -478,6 +665,7 @@ impl Holder {
             // The lease changed hands after the last holder's writes were drained (or compared, if it died). Should any
             // be left, they are compared like those of a dead one.
             let left: Vec<Oid> = marks.take_unsettled().collect();
+            let generation = request.stamp.generation;
             *marks = Marks {
                 generation: request.stamp.generation,
                 writer: Some(request.sender),
@@ -485,6 +673,7 @@ impl Holder {
                 ..Marks::default()
             };
             state.suspects.extend(left);
+            drop_parked(state, vdi, generation);
             return None;
         }
         marks.note_settled(request.settled);
@@ -656,6 +845,30 @@ fn note_write(state: &mut State, request: &PeerRequest) {
     {
         marks.note_write(request.stamp.sequence, request.oid);
     }
+}
+
+/// Whether a write changes some bytes of an object and leaves the others.
+fn is_plain(request: &PeerRequest) -> bool {
+    request.kind == PeerKind::Write && !request.has(FLAG_CREATE)
+}
+
+/// Drops what is parked of earlier lease generations: what was done is in the copies that count, the rest is refused.
+fn drop_parked(state: &mut State, vdi: VdiId, generation: u32) {
+    for (oid, parked) in state.parked.iter_mut().filter(|(oid, _)| oid.vid() == vdi) {
+        let (older, kept) =
+            std::mem::take(parked).into_iter().partition::<VecDeque<_>, _>(|p| p.request.stamp.generation < generation);
+        *parked = kept;
+        for old in older {
+            match old.answer {
+                None => {
+                    state.deferred_bytes -= old.data.len() as u64;
+                    state.dropped.insert(*oid);
+                }
+                Some(answer) => drop(answer.send(Pending::Now(Verdict::Fenced))),
+            }
+        }
+    }
+    state.parked.retain(|_, parked| !parked.is_empty());
 }
 
 /// VDIs whose writer is not the same any more: whoever held the lease may have died in the middle of a write, also if it

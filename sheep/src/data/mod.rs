@@ -33,7 +33,7 @@ use crate::cluster::Cluster;
 use crate::store::Store;
 use crate::world::World;
 use gateway::lease_table::LeaseTable;
-use holder::Holder;
+use holder::{Holder, Wanted};
 use links::Links;
 use recovery::{Progress, Turns};
 use view::View;
@@ -167,13 +167,19 @@ impl Data {
         let _ = views.wait_for(|view| view.state.applied >= applied).await;
     }
 
-    /// Has an object compared and fetched ahead of its turn, because a write waits for it.
-    pub(crate) fn bring_up_to_date(&self, oid: Oid, epoch: Epoch) {
+    /// Has an object compared and fetched because of a write to it: ahead of its turn if the write waits.
+    pub(crate) fn bring_up_to_date(&self, wanted: Wanted, epoch: Epoch) {
         let data = self.clone();
-        tokio::spawn(async move {
-            // The end of the epoch answers the waiting write.
-            let _ = recovery::ensure_current(&data, oid, epoch).await;
-        });
+        // Either way: the end of the epoch answers the write.
+        match wanted {
+            Wanted::Nothing => {}
+            Wanted::Now(oid) => drop(tokio::spawn(async move {
+                let _ = recovery::ensure_current(&data, oid, epoch).await;
+            })),
+            Wanted::InTurn(oid) => drop(tokio::spawn(async move {
+                let _ = recovery::bring_in_turn(&data, oid, epoch).await;
+            })),
+        }
     }
 
     /// Whether a holder is about to run out of space.

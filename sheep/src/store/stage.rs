@@ -71,13 +71,19 @@ impl Staged {
         object.expect("`stage` gives out only what has its file")
     }
 
-    /// Lays bytes at an offset. Blocks of zeros that were not written before stay holes.
-    pub async fn write(&self, offset: u64, data: Bytes) -> Result<(), StoreError> {
-        if offset.checked_add(data.len() as u64).is_none_or(|end| end > self.size_bytes) {
+    /// Lays bytes at offsets, one after the other. Blocks of zeros that were not written before stay holes.
+    pub async fn write(&self, parts: Vec<(u64, Bytes)>) -> Result<(), StoreError> {
+        let fits = |(offset, data): &(u64, Bytes)| {
+            offset.checked_add(data.len() as u64).is_some_and(|end| end <= self.size_bytes)
+        };
+        if !parts.iter().all(fits) {
             return Err(StoreError::OutOfRange);
         }
         let object = self.object();
-        let written = disk::run(&self.shared.world.disk, move |_| object.write_sparse(offset, &data)).await;
+        let written = disk::run(&self.shared.world.disk, move |_| {
+            parts.iter().try_for_each(|(offset, data)| object.write_sparse(*offset, data))
+        });
+        let written = written.await;
         written.map_err(|error| self.error(&error))
     }
 

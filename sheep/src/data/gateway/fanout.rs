@@ -139,9 +139,7 @@ fn send_here(data: &Data, lease: &Arc<Lease>, state: &mut LeaseState, sequence: 
     let permit = state.under_way.get_mut(&sequence).and_then(|write| write.permit.take());
     let permit = permit.unwrap_or_else(|| holder.store().admit_now(payload.len() as u64));
     let (pending, wanted) = holder.write(&request, payload, permit);
-    if let Some(oid) = wanted {
-        data.bring_up_to_date(oid, request.epoch);
-    }
+    data.bring_up_to_date(wanted, request.epoch);
     let (data, lease) = (data.clone(), lease.clone());
     tokio::spawn(async move {
         let verdict = pending.finish().await;
@@ -156,7 +154,7 @@ pub fn answered(data: &Data, lease: &Arc<Lease>, sequence: u64, node: NodeId, ep
         return;
     }
     let error = match verdict {
-        Verdict::Ok => None,
+        Verdict::Ok | Verdict::Deferred => None,
         // This node will hear of the newer epoch and send again.
         Verdict::OldEpoch => return,
         Verdict::Fenced => Some(WriteError::Fenced),
@@ -177,6 +175,7 @@ pub fn answered(data: &Data, lease: &Arc<Lease>, sequence: u64, node: NodeId, ep
     };
     write.waiting.retain(|waiting| *waiting != node);
     match error {
+        None if verdict == Verdict::Deferred => {}
         None => write.taken += 1,
         Some(error) => write.refused.push((node, error)),
     }
@@ -184,6 +183,8 @@ pub fn answered(data: &Data, lease: &Arc<Lease>, sequence: u64, node: NodeId, ep
         return;
     }
     match (write.taken, write.refused.first().copied()) {
+        // Nobody defers without a steady holder, and those have taken it or refused it.
+        (0, None) => finish(data, lease, &mut state, sequence, Err(WriteError::Failed)),
         (_, None) => finish(data, lease, &mut state, sequence, Ok(())),
         (0, Some((_, error))) => finish(data, lease, &mut state, sequence, Err(error)),
         // Some have it and some do not: those that do not get the others' copy before the write is over, and until then

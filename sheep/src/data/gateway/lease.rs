@@ -3,7 +3,8 @@
 //! Always holds:
 //! 1. Sequences are given out one after the other, and messages to a holder leave in their order: over one link, or,
 //!    after that link broke or the epoch changed, everything unanswered first.
-//! 2. A write is done when every holder of the current epoch has answered for that epoch.
+//! 2. A write is done when every holder of the current epoch has answered for that epoch, and one at least has it in a
+//!    copy that counts.
 //! 3. `settled` is below every write that is not done.
 
 use std::collections::{BTreeMap, HashMap};
@@ -64,7 +65,7 @@ pub struct WriteUnderWay {
     pub permit: Option<Permit>,
     /// Holders that have not answered in the current epoch.
     pub waiting: Vec<NodeId>,
-    /// Holders that have taken it in the current epoch.
+    /// Holders that have taken it in the current epoch, deferring ones not counted.
     pub taken: usize,
     /// Holders that refused it in the current epoch.
     pub refused: Vec<(NodeId, WriteError)>,

@@ -1,8 +1,9 @@
-//! Brings one whole object here from another node.
+//! Brings one whole object here from another node, while it goes on being written to.
 //!
-//! The object is read in pieces. A piece that comes with another stamp than the one before means that the source was
-//! written to meanwhile: the fetch starts over, because a mixture of two moments is no content that ever was. The writes that
-//! change the source are parked here, so a source can change only by what was under way, and the fetch ends.
+//! The object is read in pieces, each with the last stamp that may be in it, so what is collected is a mixture of moments.
+//! All writes of this epoch are sent to this node too and are parked here, because the copy is not current; those between
+//! the stamp the source had before the first piece and the highest stamp of any piece are laid over the mixture, in
+//! order. Then every byte has the last write at or below that highest stamp, which is the content at that stamp.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -11,31 +12,41 @@ use bytes::Bytes;
 use qemu_proto::oid::Oid;
 use sheep_core::member::NodeId;
 use sheep_core::peer_message::{PeerKind, PeerRequest, Verdict};
-use sheep_core::stamp::{Epoch, Version};
+use sheep_core::stamp::{Epoch, Stamp, Version};
 
 use crate::data::Data;
-use crate::data::holder::Holder;
+use crate::data::holder::{Between, Holder};
 
 /// Bytes per request: large enough that the round trip does not show, small enough that a guest's requests get in
 /// between.
 const PIECE_BYTES: u64 = 1 << 20;
 const PATIENCE: Duration = Duration::from_secs(2);
-/// Starts over at most this often before the other source is tried.
-const ATTEMPTS_MAX: usize = 64;
+/// How often the writes that came meanwhile are looked for while they are on their way here.
+const LOOK_AGAIN: Duration = Duration::from_millis(1);
 
-/// True when the object is here, durably, at the version of `source` in `epoch`.
-pub async fn fetch(data: &Data, holder: &Arc<Holder>, oid: Oid, source: NodeId, epoch: Epoch) -> bool {
-    for _ in 0..ATTEMPTS_MAX {
-        match fetch_once(data, holder, oid, source, epoch).await {
-            Outcome::Done => return true,
-            Outcome::Changed => {}
-            Outcome::Failed => return false,
-        }
-        if holder.epoch() != epoch {
-            return false;
+/// What to bring here.
+pub struct Source {
+    /// The object.
+    pub oid: Oid,
+    /// Who has it.
+    pub node: NodeId,
+    /// In which epoch.
+    pub epoch: Epoch,
+    /// The content it had when it was asked.
+    pub stamp: Stamp,
+}
+
+/// True when the object is here, durably, with the content that `source` names or a newer one. Its version says an
+/// earlier epoch until `Holder::confirm_durably`.
+pub async fn fetch(data: &Data, holder: &Arc<Holder>, source: &Source) -> bool {
+    match fetch_once(data, holder, source).await {
+        Outcome::Done => true,
+        Outcome::Failed => false,
+        Outcome::Changed => {
+            tracing::debug!("object {} was replaced while it was fetched", source.oid);
+            false
         }
     }
-    false
 }
 
 enum Outcome {
@@ -44,12 +55,18 @@ enum Outcome {
     Failed,
 }
 
-async fn fetch_once(data: &Data, holder: &Arc<Holder>, oid: Oid, source: NodeId, epoch: Epoch) -> Outcome {
-    let first = match piece(data, oid, source, epoch, 0).await {
+async fn fetch_once(data: &Data, holder: &Arc<Holder>, source: &Source) -> Outcome {
+    let (oid, epoch) = (source.oid, source.epoch);
+    let entry = holder.store().entry(oid);
+    if entry.is_some_and(|entry| entry.version.epoch == epoch && entry.version.stamp > source.stamp) {
+        // This (damaged) copy took writes of this epoch that the source has yet to take, and they are not parked.
+        return Outcome::Changed;
+    }
+    let first = match piece(data, source, 0).await {
         Ok(first) => first,
         Err(outcome) => return outcome,
     };
-    let (version, object_bytes) = (first.version, first.object_bytes);
+    let object_bytes = first.object_bytes;
     let staged = match holder.store().stage(oid, object_bytes).await {
         Ok(staged) => staged,
         Err(error) => {
@@ -59,9 +76,11 @@ async fn fetch_once(data: &Data, holder: &Arc<Holder>, oid: Oid, source: NodeId,
     };
     let mut offset = 0;
     let mut current = first;
+    let mut through = source.stamp;
     loop {
+        through = through.max(current.stamp);
         if !current.data.is_empty()
-            && let Err(error) = staged.write(offset, current.data).await
+            && let Err(error) = staged.write(vec![(offset, current.data)]).await
         {
             tracing::warn!("cannot write object {oid}: {error}");
             return Outcome::Failed;
@@ -70,24 +89,32 @@ async fn fetch_once(data: &Data, holder: &Arc<Holder>, oid: Oid, source: NodeId,
         if offset >= object_bytes {
             break;
         }
-        let next = match piece(data, oid, source, epoch, offset).await {
-            Ok(next) => next,
+        current = match piece(data, source, offset).await {
+            Ok(next) if next.object_bytes == object_bytes => next,
+            Ok(_) => return Outcome::Changed,
             Err(outcome) => return outcome,
         };
-        if next.version.stamp != version.stamp {
-            return Outcome::Changed;
-        }
-        current = next;
+    }
+    let writes = match writes_between(data, holder, source, through).await {
+        Ok(writes) => writes,
+        Err(outcome) => return outcome,
+    };
+    if !writes.is_empty()
+        && let Err(error) = staged.write(writes).await
+    {
+        tracing::warn!("cannot write object {oid}: {error}");
+        return Outcome::Failed;
     }
     // A copy that got writes nobody else has (its writer died) may have a higher stamp than what was served meanwhile.
     // It lost: it goes, whatever it holds.
-    if holder.store().entry(oid).is_some_and(|entry| entry.version.stamp > version.stamp)
+    if holder.store().entry(oid).is_some_and(|entry| entry.version.stamp > through)
         && let Err(error) = holder.store().discard_corrupt(oid).await
     {
         tracing::warn!("cannot give up the copy of object {oid}: {error}");
         return Outcome::Failed;
     }
-    match staged.install(Version { epoch, stamp: version.stamp }).await {
+    let shown = holder.store().entry(oid).map_or(Epoch(0), |entry| entry.version.epoch);
+    match staged.install(Version { epoch: shown, stamp: through }).await {
         Ok(()) => Outcome::Done,
         Err(error) => {
             tracing::warn!("cannot install object {oid}: {error}");
@@ -96,28 +123,48 @@ async fn fetch_once(data: &Data, holder: &Arc<Holder>, oid: Oid, source: NodeId,
     }
 }
 
+/// The writes that came while the pieces were read, from those parked here.
+async fn writes_between(
+    data: &Data,
+    holder: &Arc<Holder>,
+    source: &Source,
+    through: Stamp,
+) -> Result<Vec<(u64, Bytes)>, Outcome> {
+    let deadline = data.world().clock.monotonic() + PATIENCE;
+    loop {
+        if holder.epoch() != source.epoch {
+            return Err(Outcome::Failed);
+        }
+        match holder.writes_between(source.oid, source.stamp, through) {
+            Between::Writes(writes) => return Ok(writes),
+            Between::Replaced => return Err(Outcome::Changed),
+            Between::NotAllYet if data.world().clock.monotonic() > deadline => return Err(Outcome::Changed),
+            // They are on their way from the gateway.
+            Between::NotAllYet => data.world().clock.sleep(LOOK_AGAIN).await,
+        }
+    }
+}
+
 struct Piece {
-    version: Version,
+    stamp: Stamp,
     object_bytes: u64,
     /// Nothing stands for zeros.
     data: Bytes,
 }
 
-async fn piece(data: &Data, oid: Oid, source: NodeId, epoch: Epoch, offset: u64) -> Result<Piece, Outcome> {
-    let mut request = PeerRequest::new(PeerKind::Fetch, epoch, data.node());
-    request.oid = oid;
+async fn piece(data: &Data, source: &Source, offset: u64) -> Result<Piece, Outcome> {
+    let mut request = PeerRequest::new(PeerKind::Fetch, source.epoch, data.node());
+    request.oid = source.oid;
     request.offset = offset;
     request.length = PIECE_BYTES as u32;
-    let answer = data.links().call(source, request, Bytes::new(), PATIENCE).await;
+    let answer = data.links().call(source.node, request, Bytes::new(), PATIENCE).await;
     let Ok((answer, payload)) = answer else { return Err(Outcome::Failed) };
-    match answer.verdict {
-        Verdict::Ok => {}
-        Verdict::Busy => return Err(Outcome::Changed),
-        _ => return Err(Outcome::Failed),
+    if answer.verdict != Verdict::Ok {
+        return Err(Outcome::Failed);
     }
     let rest = answer.object_bytes.checked_sub(offset).ok_or(Outcome::Changed)?;
     if !payload.is_empty() && payload.len() as u64 != PIECE_BYTES.min(rest) {
         return Err(Outcome::Failed);
     }
-    Ok(Piece { version: answer.version, object_bytes: answer.object_bytes, data: payload })
+    Ok(Piece { stamp: answer.version.stamp, object_bytes: answer.object_bytes, data: payload })
 }

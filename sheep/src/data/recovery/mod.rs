@@ -21,13 +21,14 @@ use sheep_core::command::Command;
 use sheep_core::history::{Answer, Decision};
 use sheep_core::member::NodeId;
 use sheep_core::peer_message::{ListEntry, PeerKind, PeerRequest, Verdict};
-use sheep_core::stamp::{Epoch, Stamp, Version};
+use sheep_core::stamp::{Epoch, Stamp};
 use tokio::sync::{Mutex, Semaphore};
 use tokio::task::JoinSet;
 
 use super::Data;
 use super::holder::Holder;
 use super::view::{Location, View};
+use fetch::Source;
 
 /// Objects fetched side by side: enough to fill a link while one object is being installed.
 const PARALLEL: usize = 4;
@@ -39,12 +40,13 @@ const PATIENCE: Duration = Duration::from_secs(2);
 pub const LIST_BATCH: usize = 4096;
 
 /// Figures of the current run, for people.
-#[derive(Default)]
 pub struct Progress {
     /// Whether a run is under way.
     pub running: AtomicBool,
     /// Whether the objects are known yet.
     pub listed: AtomicBool,
+    /// How many objects are brought here side by side while nobody waits for them.
+    pub slots: Semaphore,
     /// Objects compared.
     pub done: AtomicU64,
     /// Objects to compare.
@@ -53,6 +55,20 @@ pub struct Progress {
     pub fetched: AtomicU64,
     /// An object that cannot be decided, and the epoch whose holders must be heard.
     pub blocked: std::sync::Mutex<Option<(Oid, Epoch)>>,
+}
+
+impl Default for Progress {
+    fn default() -> Progress {
+        Progress {
+            running: AtomicBool::default(),
+            listed: AtomicBool::default(),
+            slots: Semaphore::new(PARALLEL),
+            done: AtomicU64::default(),
+            total: AtomicU64::default(),
+            fetched: AtomicU64::default(),
+            blocked: std::sync::Mutex::default(),
+        }
+    }
 }
 
 /// Why an object could not be brought up to date.
@@ -74,7 +90,15 @@ pub async fn run(data: Data, epoch: Epoch) {
     if finished.is_err() || holder.epoch() != epoch {
         return;
     }
+    // What was deferred must be in its copies before this node says that it has everything.
+    holder.stop_deferring(epoch);
+    while holder.has_deferred(epoch) {
+        wait_for_change(&data, &holder).await;
+    }
     let view = holder.view();
+    if view.epoch() != epoch {
+        return;
+    }
     if let Some(unheard) = view.history.possibly_out_of_sight(view.state.copies_min()) {
         // Every object that anybody here has is up to date, but there may be others: those stay undecided, each waits
         // for its own holders, and the epoch does not end clean.
@@ -134,7 +158,6 @@ async fn attempt(data: &Data, holder: &Arc<Holder>, epoch: Epoch) -> Result<(), 
 
 /// Tries every object once, some side by side; gives those that could not be decided.
 async fn pass(data: &Data, epoch: Epoch, work: BTreeSet<Oid>) -> Result<BTreeSet<Oid>, RecoveryEnd> {
-    let limit = Arc::new(Semaphore::new(PARALLEL));
     let mut tasks = JoinSet::new();
     let mut undecided = BTreeSet::new();
     let mut note = |ended: Result<(Oid, Result<bool, RecoveryEnd>), tokio::task::JoinError>| {
@@ -147,17 +170,14 @@ async fn pass(data: &Data, epoch: Epoch, work: BTreeSet<Oid>) -> Result<BTreeSet
         Ok(())
     };
     for oid in work {
-        // A closed semaphore would mean that this function's own handle is gone.
-        let Ok(permit) = limit.clone().acquire_owned().await else { break };
-        let data = data.clone();
-        tasks.spawn(async move {
-            let result = try_current(&data, oid, epoch).await;
-            drop(permit);
-            (oid, result)
-        });
-        while let Some(ended) = tasks.try_join_next() {
-            note(ended)?;
+        // As many tasks as slots, beside those of deferred writes.
+        while tasks.len() >= PARALLEL {
+            if let Some(ended) = tasks.join_next().await {
+                note(ended)?;
+            }
         }
+        let data = data.clone();
+        tasks.spawn(async move { (oid, try_in_turn(&data, oid, epoch).await) });
     }
     while let Some(ended) = tasks.join_next().await {
         note(ended)?;
@@ -220,9 +240,7 @@ async fn survey(data: &Data, holder: &Arc<Holder>, view: &Arc<View>) -> Result<B
         if holder.is_current(oid) {
             continue;
         }
-        if settled_by_lists(data, holder, view, oid, answers, &silent) {
-            holder.confirm(oid, epoch);
-        } else {
+        if !settled_by_lists(data, holder, view, oid, answers, &silent) || !holder.confirm(oid, epoch) {
             work.insert(oid);
         }
     }
@@ -309,6 +327,21 @@ pub async fn ensure_current(data: &Data, oid: Oid, epoch: Epoch) -> Result<(), R
     Ok(())
 }
 
+/// As `ensure_current`, but without haste: the guests' requests come first.
+pub async fn bring_in_turn(data: &Data, oid: Oid, epoch: Epoch) -> Result<(), RecoveryEnd> {
+    let Some(holder) = data.holder() else { return Ok(()) };
+    while !try_in_turn(data, oid, epoch).await? {
+        wait_for_change(data, holder).await;
+    }
+    Ok(())
+}
+
+async fn try_in_turn(data: &Data, oid: Oid, epoch: Epoch) -> Result<bool, RecoveryEnd> {
+    // The semaphore is never closed. The slot comes before the object's turn, so that whoever has the turn is at work.
+    let _slot = data.progress().slots.acquire().await;
+    try_current(data, oid, epoch).await
+}
+
 /// One attempt of `ensure_current`: false if it must be tried again later.
 async fn try_current(data: &Data, oid: Oid, epoch: Epoch) -> Result<bool, RecoveryEnd> {
     let Some(holder) = data.holder() else { return Ok(true) };
@@ -324,60 +357,70 @@ async fn try_current(data: &Data, oid: Oid, epoch: Epoch) -> Result<bool, Recove
         }
     }
     // Writes may be parked because only their source was missing.
-    let current = holder.is_current(oid) && holder.epoch() == epoch;
-    if !current && !compare(data, holder, oid, epoch).await? {
-        return Ok(false);
+    if holder.is_current(oid) && holder.epoch() == epoch {
+        return Ok(holder.confirm(oid, epoch));
     }
-    holder.confirm(oid, epoch);
-    Ok(true)
+    holder.begin_comparison(oid);
+    match compare(data, holder, oid, epoch).await? {
+        Compared::Again => Ok(false),
+        Compared::Newest => Ok(holder.confirm(oid, epoch)),
+        Compared::NewestOfOldEpoch => Ok(holder.confirm_durably(oid, epoch)),
+    }
 }
 
-/// Compares one object with the other holders' and brings the newest content here. False if that must be tried again.
-async fn compare(data: &Data, holder: &Arc<Holder>, oid: Oid, epoch: Epoch) -> Result<bool, RecoveryEnd> {
+/// What a comparison came to.
+enum Compared {
+    /// It must be tried again.
+    Again,
+    /// The copy here (or its absence) is the newest.
+    Newest,
+    /// So it is, but its version says an epoch that does not show it.
+    NewestOfOldEpoch,
+}
+
+/// Compares one object with the other holders' and brings the newest content here.
+async fn compare(data: &Data, holder: &Arc<Holder>, oid: Oid, epoch: Epoch) -> Result<Compared, RecoveryEnd> {
     let view = holder.view();
     let Some(location) = view.locate(oid) else {
         // An object of a VDI that this node has not heard of: nothing refers to it.
-        return Ok(true);
+        return Ok(Compared::Newest);
     };
-    let Some(answers) = ask_everybody(data, holder, &view, oid, &location).await else { return Ok(false) };
+    let Some(answers) = ask_everybody(data, holder, &view, oid, &location).await else { return Ok(Compared::Again) };
     if holder.epoch() != epoch {
         return Err(RecoveryEnd::EpochOver);
     }
     match view.history.decide(location.key, location.copies, &answers) {
         Decision::Unheard(unheard) => {
             *data.progress().blocked.lock().unwrap_or_else(std::sync::PoisonError::into_inner) = Some((oid, unheard));
-            Ok(false)
+            Ok(Compared::Again)
         }
         Decision::Absent => {
             if let Some(entry) = holder.store().entry(oid) {
                 let ticket = holder.store().remove(oid, entry.version);
                 holder.trust_again(oid);
-                return Ok(ticket.await.is_ok());
+                return Ok(if ticket.await.is_ok() { Compared::Newest } else { Compared::Again });
             }
-            Ok(true)
+            Ok(Compared::Newest)
         }
         Decision::Newest { stamp, nodes } => {
             if holder.version(oid).is_ok_and(|version| version.is_some_and(|version| version.stamp == stamp)) {
                 // What a dead writer left on some holders only must be on all before anybody reads it.
                 if holder.is_doubtful(oid) && !all_have_it(&view, &location, &answers, stamp) {
-                    return Ok(false);
+                    return Ok(Compared::Again);
                 }
-                if nodes.contains(&data.node()) {
-                    return Ok(true);
-                }
-                // The same writes: only the time of its last confirmation is older.
-                let ticket = holder.store().confirm(oid, Version { epoch, stamp });
-                return Ok(ticket.await.is_ok());
+                // If not among them it has the same writes: only the time of its last confirmation is older.
+                let confirmed = nodes.contains(&data.node());
+                return Ok(if confirmed { Compared::Newest } else { Compared::NewestOfOldEpoch });
             }
             for node in nodes {
-                if fetch::fetch(data, holder, oid, node, epoch).await {
+                if fetch::fetch(data, holder, &Source { oid, node, epoch, stamp }).await {
                     holder.trust_again(oid);
                     data.progress().fetched.fetch_add(1, Ordering::Relaxed);
                     // A doubtful one is compared once more, until all holders have the same.
-                    return Ok(!holder.is_doubtful(oid));
+                    return Ok(if holder.is_doubtful(oid) { Compared::Again } else { Compared::NewestOfOldEpoch });
                 }
             }
-            Ok(false)
+            Ok(Compared::Again)
         }
     }
 }
