@@ -48,20 +48,44 @@ need_rust() {
     need cc gcc libc6-dev
 }
 
-# Sets QEMU52_DIR to the tools of QEMU 5.2 with the native driver, building them where their builder lies beside the
-# checkout. Leaves it empty where they cannot be had.
+# Sets QEMU52_DIR to the programs of QEMU 5.2 with the native driver, building them where their builder lies beside the
+# checkout: the tools, and with the word `system` the emulator too. Leaves it empty where they cannot be had.
 find_qemu52() {
     local builder=../shared/tools/qemu-5.2-sheepdog
     local cached=${XDG_CACHE_HOME:-$HOME/.cache}/qemu-5.2-sheepdog/bin
+    local wanted=qemu-img
+    [[ ${1:-} != system ]] || wanted=qemu-system-x86_64
     if [[ -z ${QEMU52_DIR:-} ]]; then
-        if [[ -x $cached/qemu-img ]]; then
+        if [[ -x $cached/$wanted ]]; then
             QEMU52_DIR=$cached
         elif [[ -x $builder ]]; then
-            say "building the tools of QEMU 5.2 (once, about 4 minutes)"
-            QEMU52_DIR=$("$builder" | tail -n 1) || QEMU52_DIR=
+            say "building QEMU 5.2 (once; 4 minutes for the tools, 7 with the emulator)"
+            QEMU52_DIR=$("$builder" "$@" | tail -n 1) || QEMU52_DIR=
         fi
     fi
     export QEMU52_DIR=${QEMU52_DIR:-}
+}
+
+# Sets GUEST_DIR to a kernel, its virtio modules and a busybox for the guests of the tests, taken out of Debian's packages.
+find_guest() {
+    local directory=${XDG_CACHE_HOME:-$HOME/.cache}/sheep-guest
+    export GUEST_DIR=${GUEST_DIR:-$directory}
+    [[ ! -e $GUEST_DIR/vmlinuz ]] || return 0
+    need busybox busybox-static
+    [[ -d /usr/share/seabios ]] || apt_install seabios qemu-system-data
+    local unpacked kernel module
+    unpacked=$(mktemp -d)
+    [[ -n $apt_updated ]] || { as_root apt-get -q update; apt_updated=yes; }
+    kernel=$(apt-cache depends linux-image-cloud-amd64 | sed -n 's/^ *Depends: *\(linux-image-[^ ]*\)$/\1/p' | head -n 1)
+    (cd "$unpacked" && apt-get -q download "$kernel" && dpkg-deb -x "$kernel"_*.deb .)
+    mkdir -p "$GUEST_DIR"
+    cp "$(command -v busybox)" "$GUEST_DIR/busybox"
+    for module in virtio_ring virtio virtio_pci_modern_dev virtio_pci_legacy_dev virtio_pci virtio_blk; do
+        cp "$(find "$unpacked/lib/modules" -name "$module.ko")" "$GUEST_DIR/"
+    done
+    # Last: it is what says that the rest is there.
+    cp "$unpacked"/boot/vmlinuz-* "$GUEST_DIR/vmlinuz"
+    rm -rf "$unpacked"
 }
 
 # Everything a run starts inherits SHEEP_TEST_RUN, its private directory, and is known by it: daemons too, whose parents

@@ -17,6 +17,7 @@
 pub mod clients;
 pub mod command;
 pub mod golden;
+pub mod guest;
 pub mod loop_fs;
 pub mod qemu;
 pub mod sectors;

@@ -40,6 +40,11 @@ impl Qemu {
         Ok(Qemu { directory })
     }
 
+    /// The emulator, if it was built with the tools.
+    pub fn system(&self) -> Option<PathBuf> {
+        Some(self.directory.join("qemu-system-x86_64")).filter(|program| program.is_file())
+    }
+
     /// Runs `qemu-img`.
     pub fn img(&self, arguments: &[&str]) -> Result<Finished> {
         command::run(Command::new(self.directory.join("qemu-img")).args(arguments), DEADLINE)
