@@ -23,7 +23,8 @@ need() {
     PATH=$PATH:/usr/sbin:/sbin command -v "$program" >/dev/null || apt_install "$@"
 }
 
-installed_version() { dpkg-query -W -f='${Status} ${Version}' "$1" 2>/dev/null | sed -n 's/^install ok installed //p'; }
+# Nothing for a package that is not there.
+installed_version() { { dpkg-query -W -f='${Status} ${Version}' "$1" 2>/dev/null || true; } | sed -n 's/^install ok installed //p'; }
 
 # qemu-img and its iscsi driver must be of one release. A machine may carry a newer qemu-utils from elsewhere, for which
 # there is no qemu-block-extra: then both go to the version that qemu-block-extra has.
