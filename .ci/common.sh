@@ -61,7 +61,9 @@ find_qemu52() {
             QEMU52_DIR=$cached
         elif [[ -x $builder ]]; then
             say "building QEMU 5.2 (once; 4 minutes for the tools, 7 with the emulator)"
-            QEMU52_DIR=$("$builder" "$@" | tail -n 1) || QEMU52_DIR=
+            need xz xz-utils
+            need bzip2 bzip2
+            QEMU52_DIR=$("$builder" "$@" | tail -n 1) || { echo "that failed (see $cached/../build.log)" >&2; QEMU52_DIR=; }
         fi
     fi
     export QEMU52_DIR=${QEMU52_DIR:-}
