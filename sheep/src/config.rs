@@ -3,7 +3,7 @@
 //! The option letters and refusals are those that scripts know (cli.md section 1). A refused value is one line on standard
 //! error and exit status 1.
 
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, ToSocketAddrs};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, ToSocketAddrs};
 use std::path::PathBuf;
 
 use clap::{Arg, ArgAction, Command};
@@ -25,6 +25,17 @@ pub enum ClusterDriver {
     Local(PathBuf),
 }
 
+/// Where NBD is served besides the socket in the store directory.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum NbdListen {
+    /// On loopback, if the conventional port is free: of several sheep on one machine the first one has it.
+    IfFree(SocketAddr),
+    /// Here, or the daemon does not start.
+    At(SocketAddr),
+    /// Nowhere.
+    Nowhere,
+}
+
 /// Where the log goes.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum LogDestination {
@@ -43,6 +54,8 @@ pub struct Config {
     pub disks: Vec<PathBuf>,
     /// Client port.
     pub port: u16,
+    /// See [`NbdListen`].
+    pub nbd: NbdListen,
     /// Listen addresses; all interfaces, IPv4 and IPv6, if empty.
     pub bind: Option<IpAddr>,
     /// The address that the others and clients are told.
@@ -117,6 +130,10 @@ fn definition() -> Command {
             "dir=D,level=L,dst=T",
             "log directory, level (emerg alert crit err warning notice info debug), destination (default, stdout)",
         ))
+        .arg(Arg::new("nbd").long("nbd").value_name("[ADDRESS:]PORT").action(ArgAction::Set).help(
+            "serve NBD here too, without authentication; `none`: only on nbd.sock in the store directory \
+                 [default: 127.0.0.1:10809 if that is free]",
+        ))
         .arg(flag('n', "nosync", "do not flush the disk: power loss may cost data"))
         .arg(value('p', "port", "PORT", "client port [default: 7000]"))
         .arg(value('P', "pidfile", "FILE", "keep the process id in this file"))
@@ -163,6 +180,7 @@ pub fn parse(arguments: &[String]) -> Result<Parsed, Usage> {
         meta,
         disks,
         port: parse_port(text("port"))?,
+        nbd: parse_nbd(text("nbd"))?,
         bind: text("bindaddr").map(parse_bind).transpose()?,
         my_address,
         zone: text("zone").map_or(Ok(default_zone(my_address)), parse_zone)?,
@@ -222,6 +240,18 @@ fn parse_port(text: Option<&str>) -> Result<u16, Usage> {
     match digits.parse::<u64>() {
         Ok(port) if (1..=65535).contains(&port) => Ok(port as u16),
         _ => Err(Usage(format!("Invalid port number '{text}'"))),
+    }
+}
+
+fn parse_nbd(text: Option<&str>) -> Result<NbdListen, Usage> {
+    let loopback = |port| SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), port);
+    match text {
+        None => Ok(NbdListen::IfFree(loopback(crate::front::nbd::PORT_DEFAULT))),
+        Some("none") => Ok(NbdListen::Nowhere),
+        Some(text) => {
+            let at = text.parse().or_else(|_| text.parse().map(loopback));
+            at.map(NbdListen::At).map_err(|_| Usage(format!("--nbd '{text}': give a port, ADDRESS:PORT, or none")))
+        }
     }
 }
 

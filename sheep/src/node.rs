@@ -10,15 +10,19 @@ use sheep_core::member::{Member, NodeId};
 use tokio::sync::Notify;
 
 use crate::cluster::{Cluster, local};
-use crate::config::{ClusterDriver, Config, listen_addresses};
+use crate::config::{ClusterDriver, Config, NbdListen, listen_addresses};
 use crate::data::{Data, flush, gateway::lease_table, view_change};
-use crate::front::sheepdog::{self, Front};
+use crate::front::nbd;
+use crate::front::sheepdog::{self, Front, NbdPlaces};
 use crate::store::{Store, StoreConfig};
 use crate::world::World;
 use crate::world::net::{Endpoint, Listener};
 
 /// Name of the store's layout, as old tools show it.
 const STORE_NAME: &str = "plain";
+/// The sockets in the store directory: Sheepdog's protocol and NBD.
+const SOCKET: &str = "sock";
+const NBD_SOCKET: &str = "nbd.sock";
 /// Space that clients' writes leave free, so that recovery can bring whole objects in: a hundredth of the disk, but no more
 /// than this.
 const RESERVE_BYTES_MAX: u64 = 4 << 30;
@@ -42,8 +46,8 @@ pub struct Node {
     data: Data,
     store: Option<Store>,
     stop: Arc<Notify>,
-    /// The socket in the store directory, removed at the end.
-    socket: std::path::PathBuf,
+    /// The sockets in the store directory, removed at the end.
+    sockets: [std::path::PathBuf; 2],
 }
 
 impl Node {
@@ -60,6 +64,7 @@ impl Node {
         }
         let remembered = remembered_state(&store).await?;
         let clients = listen_clients(&world, config).await?;
+        let nbd_listeners = listen_nbd(&world, config).await?;
         let peers = world
             .net
             .listen(&Endpoint::Tcp(SocketAddr::new(config.bind.unwrap_or(config.my_address), 0)))
@@ -75,12 +80,21 @@ impl Node {
         view_change::start(&data, peers);
         data.settle_in().await;
         let stop = Arc::new(Notify::new());
-        let front = Front { data: data.clone(), stop: stop.clone(), store_name: STORE_NAME };
+        let front =
+            Front { data: data.clone(), stop: stop.clone(), store_name: STORE_NAME, nbd: nbd_places(&nbd_listeners) };
         for listener in clients {
             tokio::spawn(sheepdog::listen(front.clone(), listener));
         }
+        for listener in nbd_listeners {
+            tokio::spawn(nbd::listen(data.clone(), listener));
+        }
+        tokio::spawn({
+            let data = data.clone();
+            async move { nbd::export::delete_left_overlays(&data).await }
+        });
         tracing::info!("sheepdog daemon (version {}) started", env!("CARGO_PKG_VERSION"));
-        Ok(Node { world, cluster, data, store: Some(store), stop, socket: config.meta.join("sock") })
+        let sockets = [SOCKET, NBD_SOCKET].map(|name| config.meta.join(name));
+        Ok(Node { world, cluster, data, store: Some(store), stop, sockets })
     }
 
     /// Waits until a client, or the operator through the order, asks this node to stop, or its store fails.
@@ -106,15 +120,17 @@ impl Node {
     /// Leaves at once because the store failed: the others go on with their copies.
     pub async fn give_up(self) {
         self.cluster.leave().await;
-        self.remove_socket().await;
+        self.remove_sockets().await;
     }
 
     /// What is left of it after a crash, the next start replaces.
-    async fn remove_socket(&self) {
-        let socket = self.socket.clone();
-        let removed = crate::world::disk::run(&self.world.disk, move |files| files.remove_file(&socket));
-        if let Err(error) = removed.await {
-            tracing::warn!("cannot remove the socket {}: {error}", self.socket.display());
+    async fn remove_sockets(&self) {
+        for socket in &self.sockets {
+            let path = socket.clone();
+            let removed = crate::world::disk::run(&self.world.disk, move |files| files.remove_file(&path));
+            if let Err(error) = removed.await {
+                tracing::warn!("cannot remove the socket {}: {error}", socket.display());
+            }
         }
     }
 
@@ -142,7 +158,7 @@ impl Node {
         {
             tracing::error!("the store was not closed in order ({error}): the next start replays its journal");
         }
-        self.remove_socket().await;
+        self.remove_sockets().await;
     }
 }
 
@@ -187,9 +203,34 @@ async fn listen_clients(world: &World, config: &Config) -> anyhow::Result<Vec<Bo
             }
         }
     }
-    let socket = Endpoint::Unix(config.meta.join("sock"));
+    let socket = Endpoint::Unix(config.meta.join(SOCKET));
     listeners.push(world.net.listen(&socket).await.with_context(|| format!("cannot listen on {socket}"))?);
     Ok(listeners)
+}
+
+async fn listen_nbd(world: &World, config: &Config) -> anyhow::Result<Vec<Box<dyn Listener>>> {
+    let socket = Endpoint::Unix(config.meta.join(NBD_SOCKET));
+    let mut listeners = vec![world.net.listen(&socket).await.with_context(|| format!("cannot listen on {socket}"))?];
+    let (NbdListen::IfFree(address) | NbdListen::At(address)) = config.nbd else { return Ok(listeners) };
+    match world.net.listen(&Endpoint::Tcp(address)).await {
+        Ok(listener) => listeners.push(listener),
+        Err(error) if matches!(config.nbd, NbdListen::At(_)) => {
+            return Err(anyhow::anyhow!("cannot serve NBD on {address}: {error}; choose another place with --nbd"));
+        }
+        Err(error) => tracing::info!("NBD is served on {socket} only: {address}: {error}"),
+    }
+    Ok(listeners)
+}
+
+fn nbd_places(listeners: &[Box<dyn Listener>]) -> NbdPlaces {
+    let mut places = NbdPlaces::default();
+    for listener in listeners {
+        match listener.local() {
+            Endpoint::Unix(path) => places.socket = Some(path),
+            Endpoint::Tcp(address) => places.port = Some(address.port()),
+        }
+    }
+    places
 }
 
 fn describe(config: &Config, store: &Store, peers: &dyn Listener) -> Member {

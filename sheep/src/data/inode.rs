@@ -118,7 +118,18 @@ async fn read_map(data: &Data, id: VdiId, offset: u64, length: usize) -> Result<
 /// One entry of the map: the VDI that owns the object at an index, if there is one.
 pub async fn map_entry(data: &Data, id: VdiId, index: u32) -> Result<Option<VdiId>, ReadFailure> {
     let bytes = read_map(data, id, map_offset(index), MAP_ENTRY_BYTES).await?;
-    Ok(map_entries(&bytes).next().and_then(VdiId::new).filter(|id| id.get() != 0))
+    Ok(owner_of(&bytes))
+}
+
+/// What one map entry says: the VDI that owns the object, if there is one.
+pub fn owner_of(entry: &[u8]) -> Option<VdiId> {
+    map_entries(entry).next().and_then(VdiId::new).filter(|id| id.get() != 0)
+}
+
+/// Entries of the map; those beyond its end are 0.
+pub async fn map_range(data: &Data, id: VdiId, first: u32, count: usize) -> Result<Vec<u32>, InodeError> {
+    let bytes = read_inode(data, id, map_offset(first), count * MAP_ENTRY_BYTES).await?;
+    Ok(map_entries(&bytes).collect())
 }
 
 /// The whole map, as far as the volume's size goes.

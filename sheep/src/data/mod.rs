@@ -17,6 +17,7 @@ pub mod recovery;
 pub mod report;
 pub mod view;
 pub mod view_change;
+pub mod virtual_disk;
 pub mod volumes;
 
 use std::sync::Arc;

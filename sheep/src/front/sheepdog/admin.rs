@@ -269,6 +269,7 @@ fn report(front: &Front, request: &Request) -> Outcome {
         "waiting": front.data.waiting_for(),
         "node": front.data.node().to_string(),
         "node_report": front.data.report_here(),
+        "nbd": { "socket": front.nbd.socket, "port": front.nbd.port },
     });
     let text = text.to_string();
     if text.len() > request.data_length as usize {

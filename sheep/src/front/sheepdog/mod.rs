@@ -11,6 +11,7 @@ pub mod reply;
 pub mod vdis;
 pub mod wire_status;
 
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use tokio::sync::Notify;
@@ -27,6 +28,17 @@ pub struct Front {
     pub stop: Arc<Notify>,
     /// What this node is called in lists.
     pub store_name: &'static str,
+    /// Where the same volumes are served by NBD.
+    pub nbd: NbdPlaces,
+}
+
+/// Where a node serves NBD, for clients that ask.
+#[derive(Clone, Default)]
+pub struct NbdPlaces {
+    /// Path of the unix socket.
+    pub socket: Option<PathBuf>,
+    /// TCP port.
+    pub port: Option<u16>,
 }
 
 /// Takes clients' connections until the process ends.
