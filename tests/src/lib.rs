@@ -19,6 +19,7 @@ pub mod command;
 pub mod golden;
 pub mod guest;
 pub mod loop_fs;
+pub mod nbd_client;
 pub mod qemu;
 pub mod sectors;
 pub mod sim;

@@ -246,6 +246,8 @@ impl Cluster {
         words.extend(["-b", "127.0.0.1", "-y", "127.0.0.1", "-z"].map(str::to_owned));
         words.push(node.zone.to_string());
         words.extend(["-c".to_owned(), self.driver_argument(), "-j".to_owned(), "size=64M".to_owned()]);
+        // The conventional port is the machine's, not a test's.
+        words.extend(["--nbd", "none"].map(str::to_owned));
         words.extend(node.extra.iter().cloned());
         words.push(node.store.display().to_string());
         let mut command = self.sheep_command();

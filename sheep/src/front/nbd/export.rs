@@ -69,7 +69,8 @@ fn target_of<'a>(state: &ClusterState, name: &[u8], tag: &'a [u8]) -> Target<'a>
 pub async fn open(data: &Data, name: &[u8]) -> Result<Arc<Export>, VolumeError> {
     let export = |disk, overlay| Arc::new(Export { disk, name: name.to_vec(), overlay });
     let working = VirtualDisk::open(data, name, Target::Current).await;
-    let at = name.iter().rposition(|byte| *byte == b'@').filter(|at| *at > 0);
+    let is_between = |at: &usize| (1..name.len() - 1).contains(at);
+    let at = name.iter().rposition(|byte| *byte == b'@').filter(is_between);
     let (Err(VolumeError::Refused(_)), Some(at)) = (&working, at) else { return Ok(export(working?, None)) };
     let (volume, tag) = (&name[..at], &name[at + 1..]);
     let state = data.view().state.clone();

@@ -94,7 +94,7 @@ pub async fn negotiate(data: &Data, reader: &mut FrameReader, sender: &FrameSend
             Some(OptionKind::Info) => {
                 handshake.info(code, &body, false).await;
             }
-            Some(OptionKind::List) => handshake.list(code, &body),
+            Some(OptionKind::List) => handshake.list(code, &body).await,
             Some(OptionKind::StructuredReply) => handshake.choose_style(code, &body, ReplyStyle::Structured),
             Some(OptionKind::ExtendedHeaders) => handshake.choose_style(code, &body, ReplyStyle::Extended),
             Some(OptionKind::ListMetaContext) => handshake.meta_contexts(code, &body, true).await,
@@ -228,12 +228,17 @@ impl Handshake<'_> {
         is_go.then(|| self.session(export))
     }
 
-    fn list(&self, option: u32, body: &[u8]) {
+    async fn list(&self, option: u32, body: &[u8]) {
         if !body.is_empty() {
             self.reply(option, reply::ERR_INVALID, b"");
             return;
         }
-        for name in export::list(&self.data.view().state) {
+        // What was made before the question is in the answer, whichever node it was made through.
+        let Ok(state) = self.data.cluster().barrier().await else {
+            self.reply(option, reply::ERR_SHUTDOWN, b"the cluster's order cannot be reached");
+            return;
+        };
+        for name in export::list(&state) {
             let length = (name.len() as u32).to_be_bytes();
             self.reply(option, reply::SERVER, &[&length[..], &name].concat());
         }
