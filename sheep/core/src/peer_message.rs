@@ -68,6 +68,8 @@ pub enum PeerKind {
     Report = 13,
     /// Objects that a lost writer left half-written, as far as the asked node saw; payload: object ids of 8 bytes.
     Suspects = 14,
+    /// The parts of an object that are not zeros; payload of the answer: start and end, u64 each.
+    Extents = 15,
 }
 
 impl PeerKind {
@@ -88,6 +90,7 @@ impl PeerKind {
             K::Repair,
             K::Report,
             K::Suspects,
+            K::Extents,
         ]
         .into_iter()
         .find(|kind| *kind as u8 == code)

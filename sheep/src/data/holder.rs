@@ -749,6 +749,15 @@ impl Holder {
         read.map_err(|error| Self::read_failed(request.oid, &error))
     }
 
+    /// The parts of an object that are not zeros, as ascending byte ranges, if this node's copy is current.
+    pub async fn extents(&self, request: &PeerRequest) -> Result<Vec<std::ops::Range<u64>>, Verdict> {
+        self.check_current(request)?;
+        let extents = self.store.content_extents(request.oid).await;
+        // A change of members in between may have replaced the copy.
+        self.check_current(request)?;
+        extents.map_err(|error| Self::read_failed(request.oid, &error))
+    }
+
     /// As `read`, if that needs no waiting at all.
     pub fn read_now(&self, request: &PeerRequest) -> Option<Result<Bytes, Verdict>> {
         let fit = || {

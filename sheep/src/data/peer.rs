@@ -155,6 +155,7 @@ async fn handle(data: &Data, request: &PeerRequest) -> (PeerAnswer, Bytes) {
         PeerKind::Read => read(data, holder, request).await,
         PeerKind::Fetch => fetch(holder, request, &mut header).await,
         PeerKind::Query => query(holder, request),
+        PeerKind::Extents => holder.extents(request).await.map(|extents| encode_extents(&extents)),
         PeerKind::List => list(data, holder, request).await,
         PeerKind::Suspects => suspects(holder, request),
         PeerKind::Flush => holder.flush().await.map(|()| Bytes::new()),
@@ -187,6 +188,16 @@ async fn read(data: &Data, holder: &Arc<Holder>, request: &PeerRequest) -> Resul
         ensure_current(data, request.oid, request.epoch).await.map_err(|_| Verdict::OldEpoch)?;
     }
     holder.read(request).await
+}
+
+fn encode_extents(extents: &[std::ops::Range<u64>]) -> Bytes {
+    extents.iter().flat_map(|range| [range.start.to_le_bytes(), range.end.to_le_bytes()]).flatten().collect()
+}
+
+/// What an answer to `Extents` says.
+pub fn decode_extents(payload: &[u8]) -> Vec<std::ops::Range<u64>> {
+    let (numbers, _) = payload.as_chunks::<8>();
+    numbers.as_chunks::<2>().0.iter().map(|[start, end]| u64::from_le_bytes(*start)..u64::from_le_bytes(*end)).collect()
 }
 
 fn query(holder: &Holder, request: &PeerRequest) -> Result<Bytes, Verdict> {

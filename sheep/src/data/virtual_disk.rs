@@ -24,6 +24,8 @@ use super::volumes::{self, Creation, VolumeError};
 
 /// Zeros are written in pieces of this size where they cannot be a hole.
 const ZEROS: &[u8] = &[0; 1 << 20];
+/// Objects whose inside is looked at to say which parts of a range are allocated: tens of milliseconds.
+const LOOKED_INTO_MAX: usize = 256;
 /// A map entry and its object are looked up again when they contradict each other: somebody discards or creates the object.
 const LOOKS_MAX: u32 = 16;
 
@@ -406,13 +408,33 @@ impl VirtualDisk {
         Ok(super::flush::flush(&self.data).await?)
     }
 
-    /// Which parts of a range are allocated, by object.
+    /// Which parts of a range are allocated; the others read as zeros. Looks into [`LOOKED_INTO_MAX`] objects and stops
+    /// there, perhaps before the end of the range, but not before it got somewhere.
     pub async fn allocated(&self, offset: u64, length: u64) -> Result<Vec<Extent>, DiskError> {
         let id = self.head()?.id;
-        self.extents(offset, length, async |first, count| {
-            Ok(inode::map_range(&self.data, id, first, count).await?.into_iter().map(|owner| owner != 0).collect())
-        })
-        .await
+        let pieces: Vec<Piece> = self.pieces(offset, length)?.collect();
+        let Some(first) = pieces.first() else { return Ok(Vec::new()) };
+        let map = inode::map_range(&self.data, id, first.index, pieces.len()).await?;
+        let mut extents = Vec::new();
+        let mut looked_into = 0;
+        for (piece, owner) in pieces.iter().zip(map) {
+            let Some(owner) = VdiId::new(owner).filter(|owner| owner.get() != 0) else {
+                push(&mut extents, piece.length, false);
+                continue;
+            };
+            looked_into += 1;
+            if looked_into > LOOKED_INTO_MAX {
+                break;
+            }
+            match read::extents(&self.data, Oid::data(owner, piece.index)).await {
+                Ok(content) => piece.cut(&content, &mut extents),
+                // Discarded meanwhile; a map that is ahead of its object does not exist (invariant 1).
+                Err(ReadFailure::Missing) => push(&mut extents, piece.length, false),
+                // Nobody can tell just now: it may hold anything.
+                Err(_) => push(&mut extents, piece.length, true),
+            }
+        }
+        Ok(extents)
     }
 
     /// Which parts of a range may differ from those of a snapshot, by object.
@@ -437,12 +459,34 @@ impl VirtualDisk {
         let set = of_objects(first.index, pieces.len()).await?;
         let mut extents: Vec<Extent> = Vec::new();
         for (piece, is_set) in pieces.iter().zip(set) {
-            match extents.last_mut().filter(|last| last.is_set == is_set) {
-                Some(last) => last.length += piece.length,
-                None => extents.push(Extent { length: piece.length, is_set }),
-            }
+            push(&mut extents, piece.length, is_set);
         }
         Ok(extents)
+    }
+}
+
+/// Appends a stretch, to the last one if they are the same.
+fn push(extents: &mut Vec<Extent>, length: u64, is_set: bool) {
+    match extents.last_mut().filter(|last| last.is_set == is_set) {
+        Some(last) => last.length += length,
+        None if length > 0 => extents.push(Extent { length, is_set }),
+        None => {}
+    }
+}
+
+impl Piece {
+    /// Appends what an object's content, given as ascending ranges, means for this piece of it.
+    fn cut(&self, content: &[std::ops::Range<u64>], extents: &mut Vec<Extent>) {
+        let end = self.offset + self.length;
+        let mut at = self.offset;
+        for range in content {
+            let from = range.start.clamp(at, end);
+            let to = range.end.clamp(from, end);
+            push(extents, from - at, false);
+            push(extents, to - from, true);
+            at = to;
+        }
+        push(extents, end - at, false);
     }
 }
 
@@ -463,4 +507,28 @@ pub fn joined(parts: Vec<Part>) -> Bytes {
         }
     }
     whole.freeze()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn cut(piece: Piece, content: &[(u64, u64)]) -> Vec<(u64, bool)> {
+        let content: Vec<_> = content.iter().map(|(start, end)| *start..*end).collect();
+        let mut extents = Vec::new();
+        piece.cut(&content, &mut extents);
+        extents.into_iter().map(|extent| (extent.length, extent.is_set)).collect()
+    }
+
+    #[test]
+    fn a_piece_is_cut_at_the_content_of_its_object() {
+        let piece = Piece { index: 0, offset: 100, length: 50 };
+        assert_eq!(cut(piece, &[]), [(50, false)]);
+        assert_eq!(cut(piece, &[(0, 400)]), [(50, true)]);
+        let wanted = [(10, true), (10, false), (10, true), (19, false), (1, true)];
+        assert_eq!(cut(piece, &[(0, 10), (90, 110), (120, 130), (149, 200), (300, 400)]), wanted);
+        // What another node says need not make sense.
+        let odd = cut(piece, &[(140, 120), (5, 3), (0, u64::MAX)]);
+        assert_eq!(odd.iter().map(|(length, _)| length).sum::<u64>(), 50);
+    }
 }

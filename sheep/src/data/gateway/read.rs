@@ -12,6 +12,7 @@ use sheep_core::peer_message::{FLAG_WAIT, PeerKind, PeerRequest, Verdict};
 
 use super::ReadFailure;
 use crate::data::Data;
+use crate::data::peer::decode_extents;
 use crate::data::view::View;
 
 /// How long one holder may take to be connected before the next is tried.
@@ -86,6 +87,33 @@ pub async fn read(data: &Data, oid: Oid, offset: u64, length: usize) -> Result<B
         }
         data.wait_for_change(&view, RETRY_INTERVAL).await;
     }
+}
+
+/// The parts of an object that are not zeros, as ascending byte ranges, from the nearest holder that can tell.
+pub async fn extents(data: &Data, oid: Oid) -> Result<Vec<std::ops::Range<u64>>, ReadFailure> {
+    for _ in 0..ROUNDS_MAX {
+        let view = data.view();
+        let location = view.locate(oid).ok_or(ReadFailure::Missing)?;
+        let mut request = request_for(data, &view, oid, 0, 0);
+        request.kind = PeerKind::Extents;
+        for node in nearest_first(data, &view.holders(&location)) {
+            let answer = match data.holder().filter(|_| node == data.node()) {
+                Some(holder) => holder.extents(&request).await,
+                None => match data.links().call(node, request, Bytes::new(), PATIENCE).await {
+                    Ok((answer, payload)) if answer.verdict == Verdict::Ok => Ok(decode_extents(&payload)),
+                    Ok((answer, _)) => Err(answer.verdict),
+                    Err(_) => continue,
+                },
+            };
+            match answer {
+                Ok(extents) => return Ok(extents),
+                Err(Verdict::Missing) => return Err(ReadFailure::Missing),
+                Err(_) => {}
+            }
+        }
+        data.wait_for_change(&view, RETRY_INTERVAL).await;
+    }
+    Err(ReadFailure::Failed)
 }
 
 /// This node first, then the others, beginning at a place that spreads the readers.

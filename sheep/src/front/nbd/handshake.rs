@@ -116,7 +116,7 @@ fn string(bytes: &[u8]) -> Option<(&[u8], &[u8])> {
 }
 
 /// Name and queries of a meta context option.
-fn meta_query(body: &[u8]) -> Option<(&[u8], Vec<String>)> {
+pub fn meta_query(body: &[u8]) -> Option<(&[u8], Vec<String>)> {
     let (name, rest) = string(body)?;
     let count = u32_at(rest, 0)?;
     let mut rest = rest.get(4..)?;
@@ -130,7 +130,7 @@ fn meta_query(body: &[u8]) -> Option<(&[u8], Vec<String>)> {
 }
 
 /// Name and kinds of an NBD_OPT_INFO or NBD_OPT_GO.
-fn info_query(body: &[u8]) -> Option<(&[u8], Vec<u16>)> {
+pub fn info_query(body: &[u8]) -> Option<(&[u8], Vec<u16>)> {
     let (name, rest) = string(body)?;
     let count = usize::from(u16_at(rest, 0)?);
     let kinds: Option<Vec<u16>> = (0..count).map(|index| u16_at(rest, 2 + 2 * index)).collect();
