@@ -8,6 +8,9 @@ use std::ffi::OsString;
 
 use clap::{Args, Parser, Subcommand};
 
+/// The options of `dog` itself have no place before another program's.
+const VERBATIM_HELP: &str = "{about-with-newline}\n{usage-heading} {usage}{after-help}";
+
 /// Everything that was typed.
 #[derive(Debug, Parser)]
 #[command(name = "dog", about = "Manage a sheep cluster", infer_long_args = true, args_override_self = true)]
@@ -39,6 +42,50 @@ pub enum Command {
     /// The cluster as a whole
     #[command(subcommand, disable_help_subcommand = true)]
     Cluster(Cluster),
+    /// QEMU's image tool, for sheepdog: volumes too
+    #[command(disable_help_flag = true, help_template = VERBATIM_HELP, override_usage = "dog img ARGS...")]
+    #[command(after_help = "Runs qemu-img with ARGS, every sheepdog: volume replaced by its NBD export, so that\n\
+        it works with a QEMU that has no sheepdog driver. All words after 'img' are those of\n\
+        qemu-img, --help and -a too.\n\n\
+        Examples:\n  dog img create sheepdog:disk1 20G\n  dog img convert -O raw system.qcow2 sheepdog:disk1\n  \
+        dog img convert -O qcow2 sheepdog:disk1:before-upgrade backup.qcow2\n  \
+        dog img snapshot -c before-upgrade sheepdog:disk1\n  \
+        dog img create -b sheepdog:disk1:before-upgrade sheepdog:disk2\n  dog img resize sheepdog:disk1 +10G\n  \
+        dog img info --output=json sheepdog://10.0.0.1:7000/disk1\n\n\
+        Volumes:\n  sheepdog:NAME[:TAG]              sheepdog:HOST:PORT:NAME[:TAG]\n  \
+        sheepdog://HOST:PORT/NAME[#TAG]  sheepdog+unix:///NAME?socket=DIR/sock[#TAG]\n  \
+        also in option strings, --image-opts and json:. Without a host the sheep that\n  \
+        SHEEPDOG_DOG_ADDR and SHEEPDOG_DOG_PORT name is asked, else the one on this machine.\n\n\
+        create, info, resize and snapshot of a volume are done by dog itself;\nconvert without -n creates the volume first.\n\
+        Options of a new volume (-o): redundancy=COPIES, object_size=SIZE, preallocation=off|full.\n\
+        DOG_QEMU_IMG names another program than qemu-img.")]
+    Img(Verbatim),
+    /// QEMU's tool for single reads and writes, for sheepdog: volumes too
+    #[command(disable_help_flag = true, help_template = VERBATIM_HELP, override_usage = "dog io ARGS...")]
+    #[command(
+        after_help = "Runs qemu-io with ARGS, every sheepdog: volume replaced by its NBD export; see 'dog help img'.\n\n\
+        Examples:\n  dog io -f raw -c 'read -v 0 512' sheepdog:disk1\n  dog io -f raw -c 'write -P 0xab 0 4k' sheepdog:disk1\n\n\
+        DOG_QEMU_IO names another program than qemu-io."
+    )]
+    Io(Verbatim),
+    /// QEMU's NBD server, for sheepdog: volumes too
+    #[command(disable_help_flag = true, help_template = VERBATIM_HELP, override_usage = "dog nbd ARGS...")]
+    #[command(
+        after_help = "Runs qemu-nbd with ARGS, every sheepdog: volume replaced by its NBD export; see 'dog help img'.\n\n\
+        Examples:\n  dog nbd -f raw -c /dev/nbd0 sheepdog:disk1\n  dog nbd -d /dev/nbd0\n  \
+        dog nbd -f raw -r -k /run/disk1.sock sheepdog:disk1:before-upgrade\n\n\
+        The sheep serve NBD themselves: 'dog vdi attach' shows how to use that.\n\
+        DOG_QEMU_NBD names another program than qemu-nbd."
+    )]
+    Nbd(Verbatim),
+}
+
+/// Words that are another program's.
+#[derive(Debug, Args)]
+pub struct Verbatim {
+    /// What the program is given
+    #[arg(trailing_var_arg = true, allow_hyphen_values = true, value_name = "ARGS")]
+    pub words: Vec<OsString>,
 }
 
 /// The second word after `vdi`.
@@ -112,6 +159,13 @@ pub enum Vdi {
         Zeros written where the volume has a hole take no space.\n  \
         Input that continues beyond the end of the VDI is an error (exit 1), not dropped in silence.")]
     Write(Write),
+    /// Show how to use a VDI on this machine
+    #[command(after_help = "Examples:\n  dog vdi attach disk1\n  dog vdi attach -s before-upgrade disk1 --json\n  \
+        dog vdi attach disk1 --nbd /dev/nbd0\n\n\
+        Prints what to give QEMU, libvirt and nbd-client. Snapshots are read-only.\n\
+        --nbd needs root, nbd-client and the kernel's module nbd; 'nbd-client -d /dev/nbd0' detaches.\n\
+        DOG_NBD_CLIENT names another program than nbd-client.")]
+    Attach(Attach),
 }
 
 /// `-s`, for commands that work on snapshots too.
@@ -120,6 +174,21 @@ pub struct SnapshotWord {
     /// Tag or id of a snapshot; all digits are an id
     #[arg(id = "snapshot", short = 's', long = "snapshot", value_name = "TAG|ID", allow_hyphen_values = true)]
     pub word: Option<OsString>,
+}
+
+#[derive(Debug, Args)]
+#[allow(missing_docs)]
+pub struct Attach {
+    #[command(flatten)]
+    pub snapshot: SnapshotWord,
+    /// Make the VDI this block device, with nbd-client
+    #[arg(long, value_name = "DEVICE")]
+    pub nbd: Option<OsString>,
+    /// As JSON
+    #[arg(long)]
+    pub json: bool,
+    /// Name of the VDI
+    pub vdi: OsString,
 }
 
 #[derive(Debug, Args)]

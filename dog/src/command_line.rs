@@ -1,6 +1,7 @@
 //! From the words of a command line to [`Typed`], or to the texts that the old tool gave for a wrong one.
 //!
 //! The first two words are looked at before the options: no option may precede them, and they are never abbreviated.
+//! What follows `img`, `io` and `nbd` belongs to another program and is not looked at here.
 
 use std::ffi::OsString;
 use std::fmt::Write as _;
@@ -9,7 +10,7 @@ use clap::builder::StyledStr;
 use clap::error::{ContextKind, ContextValue, ErrorKind};
 use clap::{CommandFactory, FromArgMatches};
 
-use crate::args::Typed;
+use crate::args::{Command, Typed, Verbatim};
 use crate::exit::Exit;
 
 /// What the old tool had and this one has not (yet): command, subcommands.
@@ -61,12 +62,17 @@ pub fn parse(words: &[OsString]) -> Result<Parsed, Answered> {
     tree.build();
     let first = words.first().map(|word| word.to_string_lossy().into_owned());
     let Some(first) = first.filter(|word| !matches!(word.as_str(), "help" | "--help" | "-h")) else {
-        return Err(Answered::out(overview(&tree), Exit::Success));
+        let asked = help(&mut tree, words.get(1..).unwrap_or_default()).unwrap_or_else(|| overview(&tree));
+        return Err(Answered::out(asked, Exit::Success));
     };
+    if let Some(command) = other_program(&first, &words[1..]) {
+        let usage = usage_of(&mut tree, &[&first]).unwrap_or_default();
+        return Ok(Parsed { typed: Typed { address: None, port: None, time: false, command }, usage });
+    }
     let second = words.get(1).map(|word| word.to_string_lossy().into_owned());
     check_known(&tree, &first, second.as_deref())?;
     let second = second.expect("a missing second word was answered");
-    let usage = usage_of(&mut tree, &first, &second);
+    let usage = usage_of(&mut tree, &[&first, &second]).expect("both words were found in the tree");
     let argv = std::iter::once(OsString::from("dog")).chain(words.iter().cloned());
     let typed = tree.try_get_matches_from(argv).and_then(|matches| Typed::from_arg_matches(&matches));
     match typed {
@@ -104,22 +110,51 @@ fn check_known(tree: &clap::Command, first: &str, second: Option<&str>) -> Resul
     Err(Answered::err(err, Exit::Usage))
 }
 
-fn usage_of(tree: &mut clap::Command, first: &str, second: &str) -> String {
-    let command = tree.find_subcommand_mut(first).and_then(|command| command.find_subcommand_mut(second));
-    let command = command.expect("both words were found in the tree");
-    command.render_help().to_string()
+/// The command that hands all of its words to another program.
+fn other_program(first: &str, words: &[OsString]) -> Option<Command> {
+    let verbatim = || Verbatim { words: words.to_vec() };
+    match first {
+        "img" => Some(Command::Img(verbatim())),
+        "io" => Some(Command::Io(verbatim())),
+        "nbd" => Some(Command::Nbd(verbatim())),
+        _ => None,
+    }
+}
+
+/// The usage of the command that `dog help` was asked about; `None` if there is no such command.
+fn help(tree: &mut clap::Command, words: &[OsString]) -> Option<String> {
+    let words: Option<Vec<&str>> = words.iter().map(|word| word.to_str()).collect();
+    words.filter(|words| !words.is_empty()).and_then(|words| usage_of(tree, &words))
+}
+
+/// The usage of what the words name, unless they stop above the commands.
+fn usage_of(tree: &mut clap::Command, words: &[&str]) -> Option<String> {
+    let mut command = tree;
+    for word in words {
+        command = command.find_subcommand_mut(word)?;
+    }
+    (!command.has_subcommands()).then(|| command.render_help().to_string())
 }
 
 fn overview(tree: &clap::Command) -> String {
     let mut text = String::from("dog manages a sheep cluster.\n\nUsage: dog COMMAND SUBCOMMAND [OPTIONS]\n");
+    let mut others = Vec::new();
     for command in tree.get_subcommands() {
         let about = command.get_about().map(StyledStr::to_string).unwrap_or_default();
+        if !command.has_subcommands() {
+            others.push((command.get_name(), about));
+            continue;
+        }
         let _ = writeln!(text, "\n{about}:");
         for subcommand in command.get_subcommands() {
             let name = format!("{} {}", command.get_name(), subcommand.get_name());
             let about = subcommand.get_about().map(StyledStr::to_string).unwrap_or_default();
             let _ = writeln!(text, "  {name:<22}  {about}");
         }
+    }
+    text.push_str("\nOther programs, with their own arguments ('dog help img' explains):\n");
+    for (name, about) in others {
+        let _ = writeln!(text, "  {:<22}  {about}", format!("{name} ARGS..."));
     }
     text.push_str(
         "\nExamples:\n  dog cluster format -c 3\n  dog vdi create disk1 20G\n  dog vdi list\n\n\
@@ -244,6 +279,37 @@ mod tests {
         assert!(answered.out.contains("Usage: dog vdi create"), "{}", answered.out);
         assert!(answered.out.contains("\n  -P, --prealloc"), "{}", answered.out);
         assert!(answered.out.contains("Examples:"), "{}", answered.out);
+    }
+
+    #[test]
+    fn the_words_of_other_programs_are_not_looked_at() {
+        for words in [&["--help"][..], &["-T", "x", "--", "-a", "snapshot", "-h"], &[]] {
+            for first in ["img", "io", "nbd"] {
+                let line: Vec<OsString> = std::iter::once(&first).chain(words).map(OsString::from).collect();
+                let typed = parse(&line).expect("all words are taken").typed;
+                assert!(typed.address.is_none() && !typed.time, "{line:?}");
+                let (Command::Img(verbatim) | Command::Io(verbatim) | Command::Nbd(verbatim)) = typed.command else {
+                    panic!("{line:?}")
+                };
+                assert_eq!(verbatim.words, words, "{line:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn help_knows_every_command() {
+        for (line, text) in [
+            ("help img", "dog img convert -O raw system.qcow2 sheepdog:disk1"),
+            ("help io", "Usage: dog io ARGS..."),
+            ("help nbd", "DOG_QEMU_NBD"),
+            ("help vdi attach", "dog vdi attach disk1 --nbd /dev/nbd0"),
+            ("help vdi", "img ARGS..."),
+            ("help dance", "img ARGS..."),
+        ] {
+            let answered = refused(line);
+            assert!(answered.exit == Exit::Success && answered.out.contains(text), "{line}: {}", answered.out);
+        }
+        assert!(!refused("help img").out.contains("--address"));
     }
 
     #[test]

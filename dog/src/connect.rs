@@ -6,7 +6,9 @@
 //! 2. After an error of the connection nothing more is sent on it: commands end then.
 
 use std::fmt;
+use std::io::{self, Read, Write};
 use std::net::TcpStream;
+use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
 use qemu_proto::exchange::exchange;
@@ -24,7 +26,38 @@ const CONNECT_DEADLINE: Duration = Duration::from_secs(10);
 /// A connection.
 pub struct Sheep {
     target: Target,
-    stream: TcpStream,
+    stream: Stream,
+}
+
+/// The ways to a sheep.
+enum Stream {
+    Tcp(TcpStream),
+    Unix(UnixStream),
+}
+
+impl Read for Stream {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        match self {
+            Stream::Tcp(stream) => stream.read(buffer),
+            Stream::Unix(stream) => stream.read(buffer),
+        }
+    }
+}
+
+impl Write for Stream {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        match self {
+            Stream::Tcp(stream) => stream.write(bytes),
+            Stream::Unix(stream) => stream.write(bytes),
+        }
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        match self {
+            Stream::Tcp(stream) => stream.flush(),
+            Stream::Unix(stream) => stream.flush(),
+        }
+    }
 }
 
 /// What the sheep said instead of doing what it was asked.
@@ -74,19 +107,15 @@ impl Trouble {
 impl Sheep {
     /// Connects.
     pub fn connect(target: Target) -> Result<Sheep, Failure> {
-        let not_connected = |error: std::io::Error| {
-            // The system's text without Rust's "(os error N)", as scripts have it.
-            let text = error.to_string();
-            let reason = text.split(" (os error").next().unwrap_or_default().to_owned();
-            Failure::system(format!(
-                "failed to connect to {target}: {reason}; start a sheep there (sheep DIR -p {port}), or name a running \
-                 one with -a ADDRESS -p PORT",
-                port = target.0.port()
-            ))
+        let connected = match target {
+            Target::Tcp(socket) => TcpStream::connect_timeout(&socket, CONNECT_DEADLINE)
+                .and_then(|stream| stream.set_nodelay(true).map(|()| Stream::Tcp(stream))),
+            Target::Unix(path) => UnixStream::connect(path).map(Stream::Unix),
         };
-        let stream = TcpStream::connect_timeout(&target.0, CONNECT_DEADLINE).map_err(not_connected)?;
-        stream.set_nodelay(true).map_err(not_connected)?;
-        Ok(Sheep { target, stream })
+        match connected {
+            Ok(stream) => Ok(Sheep { target, stream }),
+            Err(error) => Err(not_connected(target, &error)),
+        }
     }
 
     /// Who is asked.
@@ -118,6 +147,20 @@ impl Sheep {
     }
 }
 
+fn not_connected(target: Target, error: &io::Error) -> Failure {
+    // The system's text without Rust's "(os error N)", as scripts have it.
+    let text = error.to_string();
+    let reason = text.split(" (os error").next().unwrap_or_default();
+    let advice = match target {
+        Target::Tcp(socket) => format!(
+            "start a sheep there (sheep DIR -p {}), or name a running one with -a ADDRESS -p PORT",
+            socket.port()
+        ),
+        Target::Unix(_) => "name the file 'sock' in the directory of a sheep that runs".to_owned(),
+    };
+    Failure::system(format!("failed to connect to {target}: {reason}; {advice}"))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -129,7 +172,7 @@ mod tests {
         let listener = TcpListener::bind("127.0.0.1:0").expect("a free port");
         let address = listener.local_addr().expect("its address");
         drop(listener);
-        let failure = Sheep::connect(Target(address)).err().expect("nobody listens");
+        let failure = Sheep::connect(Target::Tcp(address)).err().expect("nobody listens");
         assert_eq!(failure.exit, Exit::System);
         assert!(
             failure.message.starts_with(&format!("failed to connect to {address}: Connection refused;")),

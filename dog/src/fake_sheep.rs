@@ -46,7 +46,7 @@ impl FakeSheep {
     /// One volume with id 1 and `object_count` holes.
     pub fn start(object_count: u64) -> FakeSheep {
         let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).expect("a free port");
-        let target = Target(listener.local_addr().expect("its address"));
+        let target = Target::Tcp(listener.local_addr().expect("its address"));
         let kept = Arc::new(Mutex::new(Kept { current: 1, ..Kept::default() }));
         kept.lock().expect("new").add_inode(1, 0, object_count << SHIFT);
         let shared = Arc::clone(&kept);

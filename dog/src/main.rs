@@ -13,10 +13,14 @@ mod connect;
 mod exit;
 #[cfg(test)]
 mod fake_sheep;
+mod img;
 mod invocation_log;
 mod meaning;
+mod nbd_export;
+mod nbd_service;
 mod node;
 mod progress;
+mod qemu;
 mod question;
 mod render;
 mod report;
@@ -32,6 +36,7 @@ use jiff::Zoned;
 
 use crate::args::{Command, Typed};
 use crate::exit::{Exit, Failure};
+use crate::qemu::tool::Tool;
 use crate::report::{Report, Style};
 
 fn main() -> ExitCode {
@@ -71,6 +76,9 @@ fn run(typed: &Typed) -> Result<Report, Failure> {
         Command::Vdi(command) => vdi::run(command, target),
         Command::Node(command) => node::run(command, target),
         Command::Cluster(command) => cluster::run(command, target),
+        Command::Img(verbatim) => img::run(&verbatim.words, target),
+        Command::Io(verbatim) => Err(qemu::run(Tool::Io, &verbatim.words, target)),
+        Command::Nbd(verbatim) => Err(qemu::run(Tool::Nbd, &verbatim.words, target)),
     }
 }
 

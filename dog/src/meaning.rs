@@ -7,6 +7,7 @@ use std::ffi::OsStr;
 use std::fmt;
 use std::net::{SocketAddr, ToSocketAddrs};
 use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
 
 use sheep_core::copy_policy::CopyPolicy;
 use sheep_core::units::parse_size;
@@ -26,12 +27,36 @@ const SHIFT_MAX: u8 = 31;
 
 /// The sheep to ask.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub struct Target(pub SocketAddr);
+pub enum Target {
+    /// By its address.
+    Tcp(SocketAddr),
+    /// By its socket in the file system of this machine.
+    Unix(&'static Path),
+}
+
+impl Target {
+    /// The sheep behind a unix socket. Targets are copied freely and one command names few of them, so the path stays in
+    /// memory until the program ends.
+    pub fn unix(socket: &Path) -> Target {
+        Target::Unix(Box::leak(socket.to_path_buf().into_boxed_path()))
+    }
+
+    /// Whether it runs on this machine for sure.
+    pub fn is_local(self) -> bool {
+        match self {
+            Target::Tcp(socket) => socket.ip().to_canonical().is_loopback(),
+            Target::Unix(_) => true,
+        }
+    }
+}
 
 impl fmt::Display for Target {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        // Without the brackets of IPv6, as in all lists.
-        write!(f, "{}:{}", self.0.ip(), self.0.port())
+        match self {
+            // Without the brackets of IPv6, as in all lists.
+            Target::Tcp(socket) => write!(f, "{}:{}", socket.ip(), socket.port()),
+            Target::Unix(path) => write!(f, "{}", path.display()),
+        }
     }
 }
 
@@ -47,7 +72,7 @@ pub fn target(
     let address = address.as_deref().unwrap_or(DEFAULT_ADDRESS);
     let mut found = (address, port).to_socket_addrs().into_iter().flatten();
     match found.next() {
-        Some(socket) if !address.is_empty() => Ok(Target(socket)),
+        Some(socket) if !address.is_empty() => Ok(Target::Tcp(socket)),
         _ => Err(Failure::failed(format!("Invalid ip address {address}"))),
     }
 }

@@ -12,11 +12,15 @@ use qemu_proto::oid::{Oid, VdiId};
 use qemu_proto::opcode::Opcode;
 use qemu_proto::request::{Request, RequestBody, VdiRequest};
 use qemu_proto::response::{Response, ResponseBody};
+use serde_json::Value;
 use sheep_core::copy_policy::CopyPolicy;
 
 use crate::connect::{Sheep, Trouble};
 use crate::exit::Failure;
 use crate::meaning::{Selector, Target};
+
+/// Most of the cluster's own report that is read.
+const REPORT_BYTES_MAX: u32 = 1 << 20;
 
 /// Data follows, and is durable when the answer comes.
 fn write_flags() -> RequestFlags {
@@ -41,7 +45,7 @@ pub struct Node {
 impl Node {
     /// Where to ask it.
     pub fn target(&self) -> Target {
-        Target(SocketAddr::new(self.ip, self.port))
+        Target::Tcp(SocketAddr::new(self.ip, self.port))
     }
 }
 
@@ -79,6 +83,17 @@ pub fn node_list(sheep: &mut Sheep) -> Result<NodeList, Failure> {
     }
     nodes.sort_unstable();
     Ok(NodeList { epoch: response.epoch, nodes })
+}
+
+/// What the cluster says about itself beyond the old protocol; null where it says nothing.
+pub fn cluster_report(sheep: &mut Sheep) -> Result<Value, Failure> {
+    let mut request = Request::plain(Opcode::ClusterReport);
+    request.data_length = REPORT_BYTES_MAX;
+    match sheep.call(request, &[]) {
+        Ok((_, answer)) => Ok(serde_json::from_slice(&answer).unwrap_or(Value::Null)),
+        Err(Trouble::Lost(failure)) => Err(failure),
+        Err(Trouble::Refused(_)) => Ok(Value::Null),
+    }
 }
 
 /// A set of VDI ids.
@@ -130,6 +145,8 @@ pub struct Header {
     pub size_bytes: u64,
     /// Bytes of saved machine state.
     pub vm_state_bytes: u64,
+    /// The guest's clock when its state was saved, in nanoseconds.
+    pub vm_clock_nsec: u64,
     /// Copies, or strips, of each object.
     pub copies: u8,
     /// 0 for copies.
@@ -159,6 +176,7 @@ impl From<InodeHeader> for Header {
             snapshot_time: inode.snap_ctime,
             size_bytes: inode.vdi_size,
             vm_state_bytes: inode.vm_state_size,
+            vm_clock_nsec: inode.vm_clock_nsec,
             copies: inode.nr_copies,
             copy_policy: inode.copy_policy,
             shift: inode.block_size_shift,

@@ -238,7 +238,16 @@ fn the_command_line_itself() -> Result<()> {
         command.env_remove("SHEEPDOG_DOG_ADDR").env_remove("SHEEPDOG_DOG_PORT");
         command::run(command.args(arguments), Duration::from_mins(1))
     };
-    for arguments in [&[][..], &["help"], &["--help"], &["-h"], &["vdi", "create", "-h"], &["node", "list", "--help"]] {
+    for arguments in [
+        &[][..],
+        &["help"],
+        &["--help"],
+        &["-h"],
+        &["help", "img"],
+        &["vdi", "create", "-h"],
+        &["vdi", "attach", "-h"],
+        &["node", "list", "--help"],
+    ] {
         let ended = dog(arguments)?.ok()?;
         ensure!(ended.out().to_lowercase().contains("usage") && ended.err().is_empty(), "{ended}");
     }
@@ -274,6 +283,7 @@ fn the_command_line_itself() -> Result<()> {
         &["vdi", "clone", "-s", "tag", "disk", "new"],
         &["vdi", "resize", "disk", "2G"],
         &["vdi", "delete", "disk"],
+        &["vdi", "attach", "disk"],
     ] {
         let ended = dog(&[arguments, &["-p", &port]].concat())?.exits(2)?;
         ensure!(ended.err().contains(&refusal), "{ended}");

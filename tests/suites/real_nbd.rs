@@ -171,7 +171,7 @@ fn every_reply_style_says_the_same() -> Result<()> {
     ensure!(extents == [(600 << 30, 3), (4096, 0), ((424 << 30) - 4096, 3)], "{extents:?}");
     // Through a node that has to ask the same question of the object's holders, too.
     let mut other = NbdClient::open(&socket(&cluster, 1), "large", Style::Structured, &contexts)?;
-    other.write((600 << 30) + 65536, &[1; 65536], 0)?;
+    other.write((600 << 30) + 65536, &vec![1; 65536], 0)?;
     other.must(nbd::WRITE_ZEROES, 0, (600 << 30) + 65536, 32768, &[])?;
     let extents = other.status("base:allocation", 600 << 30, 4 << 20)?;
     ensure!(extents == [(4096, 0), (92 * 1024, 3), (32768, 0), ((4 << 20) - (128 << 10), 3)], "{extents:?}");
@@ -287,6 +287,62 @@ fn qemu_does_not_notice_its_sheep_restarted() -> Result<()> {
     eprintln!("{restarts} restarts of the gateway under load: {}", ended.out().lines().last().unwrap_or_default());
     cluster.wait_recovered()?;
     cluster.dog(&["vdi", "check", "disk"])?.ok()?;
+    cluster.finish()
+}
+
+/// The command lines of users of QEMU's old driver, word for word, through `dog img` and today's tools.
+#[test]
+fn dog_img_stands_in_for_the_old_driver() -> Result<()> {
+    let cluster = Cluster::three()?;
+    let qemu = Qemu::installed()?;
+    let port = cluster.node(0).port;
+    let (plain, long) = (format!("sheepdog:127.0.0.1:{port}:disk"), format!("sheepdog://127.0.0.1:{port}/disk"));
+    let unix = format!("sheepdog+unix:///disk?socket={}", text(&cluster.node(1).socket()));
+    let dog = |arguments: &[&str]| cluster.dog(arguments)?.ok();
+    let image = cluster.scratch().join("image");
+    sparse_image(&image, 32 * MIB, 21)?;
+
+    // Into a volume that does not exist yet, as the old driver made it.
+    dog(&["img", "convert", "-f", "raw", text(&image), &plain])?;
+    dog(&["img", "compare", "-f", "raw", "-F", "raw", text(&image), &unix])?;
+    let info = dog(&["img", "info", &long])?.out();
+    ensure!(info.contains("virtual size: 32 MiB") && info.contains("file format: raw"), "{info}");
+    dog(&["img", "snapshot", "-c", "first", &plain])?;
+    dog(&["io", "-f", "raw", "-c", "write -P 7 0 8M", "-c", "read -P 7 0 8M", &plain])?;
+    let snapshots = dog(&["img", "snapshot", "-l", &unix])?.out();
+    ensure!(snapshots.contains("first"), "{snapshots}");
+    let frozen = format!("{long}#first");
+    dog(&["img", "compare", "-f", "raw", "-F", "raw", text(&image), &frozen])?;
+    dog(&["img", "create", "-b", &frozen, "-F", "raw", &format!("sheepdog:127.0.0.1:{port}:clone")])?;
+    dog(&[
+        "img",
+        "compare",
+        "--image-opts",
+        &format!("driver=raw,file.driver=file,file.filename={}", text(&image)),
+        &format!(
+            "driver=raw,file.driver=sheepdog,file.server.type=inet,file.server.host=127.0.0.1,file.server.port={port},file.vdi=clone"
+        ),
+    ])?;
+    dog(&["img", "resize", "-f", "raw", &plain, "+16M"])?;
+    dog(&["img", "create", "-o", "redundancy=2,object_size=1M", &format!("sheepdog:127.0.0.1:{port}:two"), "20M"])?;
+    let listed = dog(&["vdi", "list", "-r", "two"])?.out();
+    let row: Vec<&str> = listed.split(' ').collect();
+    ensure!(row.get(8) == Some(&"2") && row.get(10).is_some_and(|shift| shift.trim() == "20"), "{listed}");
+    dog(&["img", "snapshot", "-a", "first", &plain])?;
+    let out = cluster.scratch().join("out.qcow2");
+    dog(&["img", "convert", "-O", "qcow2", &plain, text(&out)])?;
+    qemu.img(&["compare", "-f", "raw", "-F", "qcow2", text(&image), text(&out)])?.ok()?;
+    dog(&["img", "snapshot", "-d", "first", &plain])?;
+    // Without such a URL nothing is different from the tool itself, exit codes included.
+    let direct = qemu.img(&["info", "/does/not/exist"])?;
+    let through = cluster.dog(&["img", "info", "/does/not/exist"])?;
+    ensure!(direct.code() == through.code() && direct.err() == through.err(), "{direct}\n{through}");
+    let missing = cluster.dog(&["img", "info", &format!("sheepdog:127.0.0.1:{port}:nothing")])?.refused()?;
+    ensure!(missing.err().contains("nothing"), "{missing}");
+
+    let attach = dog(&["vdi", "attach", "disk"])?.out();
+    let nbd = socket(&cluster, 0);
+    ensure!(attach.contains(text(&nbd)) && attach.contains("-blockdev") && attach.contains("<disk"), "{attach}");
     cluster.finish()
 }
 

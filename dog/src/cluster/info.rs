@@ -20,8 +20,6 @@ use crate::requests::{self, Node};
 const EPOCHS_SPARE: usize = 8;
 const DISK_MODE: u16 = 0x0002;
 const AUTO_VNODES: u16 = 0x0004;
-/// Most of the cluster's own report that is read.
-const REPORT_BYTES_MAX: u32 = 1 << 20;
 
 /// The members of one epoch.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -73,7 +71,7 @@ pub fn run(typed: &args::Info, target: Target) -> Result<Report, Failure> {
     let mut sheep = Sheep::connect(target)?;
     let list = requests::node_list(&mut sheep)?;
     let (result, entries) = epochs(&mut sheep, list.epoch as usize, list.nodes.len())?;
-    let report = own_report(&mut sheep)?;
+    let report = requests::cluster_report(&mut sheep)?;
     let mut state = state(result, &entries, report);
     state.is_verbose = typed.verbose;
     state.shows_changes = typed.diff;
@@ -102,17 +100,6 @@ fn epochs(sheep: &mut Sheep, epoch_count: usize, node_count: usize) -> Result<(u
 
 fn cannot_tell(reason: Refusal) -> Failure {
     Failure::system(format!("Failed to get the state of the cluster: {reason}"))
-}
-
-/// What the cluster says about itself beyond the old protocol; null where it says nothing.
-fn own_report(sheep: &mut Sheep) -> Result<Value, Failure> {
-    let mut request = Request::plain(Opcode::ClusterReport);
-    request.data_length = REPORT_BYTES_MAX;
-    match sheep.call(request, &[]) {
-        Ok((_, answer)) => Ok(serde_json::from_slice(&answer).unwrap_or(Value::Null)),
-        Err(trouble @ crate::connect::Trouble::Lost(_)) => Err(trouble.or(cannot_tell)),
-        Err(crate::connect::Trouble::Refused(_)) => Ok(Value::Null),
-    }
 }
 
 fn state(result: u32, entries: &[EpochEntry], report: Value) -> State {

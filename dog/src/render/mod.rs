@@ -1,6 +1,8 @@
 //! How data is printed: tables for people, bare values for scripts, JSON for programs. One file per noun.
 
+mod attach;
 mod cluster;
+mod image;
 mod node;
 mod object;
 mod text;

@@ -5,21 +5,22 @@ use crate::exit::Failure;
 use crate::meaning::Target;
 use crate::report::Report;
 
+pub mod attach;
 pub mod catalog;
 mod check;
-mod clone;
-mod create;
-mod delete;
+pub mod clone;
+pub mod create;
+pub mod delete;
 mod getattr;
 mod lanes;
 pub mod list;
 pub mod object;
 mod pieces;
 mod read;
-mod resize;
-mod rollback;
+pub mod resize;
+pub mod rollback;
 mod setattr;
-mod snapshot;
+pub mod snapshot;
 pub mod tree;
 pub mod volume;
 mod write;
@@ -41,5 +42,6 @@ pub fn run(command: &Vdi, target: Target) -> Result<Report, Failure> {
         Vdi::Resize(typed) => resize::run(typed, target),
         Vdi::Read(typed) => read::run(typed, target),
         Vdi::Write(typed) => write::run(typed, target),
+        Vdi::Attach(typed) => attach::run(typed, target),
     }
 }
