@@ -9,6 +9,7 @@ use std::path::PathBuf;
 use clap::{Arg, ArgAction, Command};
 use sheep_core::units::parse_size;
 
+use crate::front::nbd::tls::TlsFiles;
 use crate::store::JOURNAL_BYTES_DEFAULT;
 
 /// The smallest journal that may be asked for: the ancestor's. Much less would be full before a flush is over.
@@ -56,6 +57,8 @@ pub struct Config {
     pub port: u16,
     /// See [`NbdListen`].
     pub nbd: NbdListen,
+    /// Certificates for NBD over TCP, which then wants TLS.
+    pub nbd_tls: Option<TlsFiles>,
     /// Listen addresses; all interfaces, IPv4 and IPv6, if empty.
     pub bind: Option<IpAddr>,
     /// The address that the others and clients are told.
@@ -134,6 +137,11 @@ fn definition() -> Command {
             "serve NBD here too, without authentication; `none`: only on nbd.sock in the store directory \
                  [default: 127.0.0.1:10809 if that is free]",
         ))
+        .arg(
+            Arg::new("nbd-tls").long("nbd-tls").value_name("DIRECTORY").action(ArgAction::Set).help(
+                "NBD over TCP only with TLS and clients' certificates: ca-cert.pem, server-cert.pem, server-key.pem",
+            ),
+        )
         .arg(flag('n', "nosync", "do not flush the disk: power loss may cost data"))
         .arg(value('p', "port", "PORT", "client port [default: 7000]"))
         .arg(value('P', "pidfile", "FILE", "keep the process id in this file"))
@@ -181,6 +189,7 @@ pub fn parse(arguments: &[String]) -> Result<Parsed, Usage> {
         disks,
         port: parse_port(text("port"))?,
         nbd: parse_nbd(text("nbd"))?,
+        nbd_tls: text("nbd-tls").map(read_tls).transpose()?,
         bind: text("bindaddr").map(parse_bind).transpose()?,
         my_address,
         zone: text("zone").map_or(Ok(default_zone(my_address)), parse_zone)?,
@@ -253,6 +262,19 @@ fn parse_nbd(text: Option<&str>) -> Result<NbdListen, Usage> {
             at.map(NbdListen::At).map_err(|_| Usage(format!("--nbd '{text}': give a port, ADDRESS:PORT, or none")))
         }
     }
+}
+
+/// The files of a directory in the layout of QEMU's `tls-creds-x509`.
+fn read_tls(directory: &str) -> Result<TlsFiles, Usage> {
+    let read = |name: &str| {
+        let path = PathBuf::from(directory).join(name);
+        std::fs::read(&path).map_err(|error| Usage(format!("--nbd-tls: {}: {error}", path.display())))
+    };
+    Ok(TlsFiles {
+        authority: read("ca-cert.pem")?,
+        certificate: read("server-cert.pem")?,
+        key: read("server-key.pem")?,
+    })
 }
 
 fn parse_bind(text: &str) -> Result<IpAddr, Usage> {

@@ -12,7 +12,8 @@ use tokio::sync::Notify;
 use crate::cluster::{Cluster, local};
 use crate::config::{ClusterDriver, Config, NbdListen, listen_addresses};
 use crate::data::{Data, flush, gateway::lease_table, view_change};
-use crate::front::nbd;
+use crate::front::nbd::tls::Tls;
+use crate::front::nbd::{self, TlsPolicy};
 use crate::front::sheepdog::{self, Front, NbdPlaces};
 use crate::store::{Store, StoreConfig};
 use crate::world::World;
@@ -64,6 +65,7 @@ impl Node {
         }
         let remembered = remembered_state(&store).await?;
         let clients = listen_clients(&world, config).await?;
+        let tls = config.nbd_tls.as_ref().map(Tls::new).transpose().context("--nbd-tls")?;
         let nbd_listeners = listen_nbd(&world, config).await?;
         let peers = world
             .net
@@ -86,7 +88,12 @@ impl Node {
             tokio::spawn(sheepdog::listen(front.clone(), listener));
         }
         for listener in nbd_listeners {
-            tokio::spawn(nbd::listen(data.clone(), listener));
+            let policy = match (&tls, listener.local()) {
+                (None, _) => TlsPolicy::None,
+                (Some(tls), Endpoint::Unix(_)) => TlsPolicy::Offered(tls.clone()),
+                (Some(tls), Endpoint::Tcp(_)) => TlsPolicy::Required(tls.clone()),
+            };
+            tokio::spawn(nbd::listen(data.clone(), listener, policy));
         }
         tokio::spawn({
             let data = data.clone();
@@ -213,7 +220,12 @@ async fn listen_nbd(world: &World, config: &Config) -> anyhow::Result<Vec<Box<dy
     let mut listeners = vec![world.net.listen(&socket).await.with_context(|| format!("cannot listen on {socket}"))?];
     let (NbdListen::IfFree(address) | NbdListen::At(address)) = config.nbd else { return Ok(listeners) };
     match world.net.listen(&Endpoint::Tcp(address)).await {
-        Ok(listener) => listeners.push(listener),
+        Ok(listener) => {
+            if !address.ip().is_loopback() && config.nbd_tls.is_none() {
+                tracing::warn!("NBD on {address} lets whoever reaches it read and write every volume: see --nbd-tls");
+            }
+            listeners.push(listener);
+        }
         Err(error) if matches!(config.nbd, NbdListen::At(_)) => {
             return Err(anyhow::anyhow!("cannot serve NBD on {address}: {error}; choose another place with --nbd"));
         }

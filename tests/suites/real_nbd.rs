@@ -13,7 +13,7 @@ use tests::nbd_client::{NbdClient, Style, command as nbd};
 use tests::qemu::{Qemu, text};
 use tests::sectors::{files_equal, fill_random, sparse_image};
 use tests::sim::Random;
-use tests::spawn::{Cluster, ClusterPlan};
+use tests::spawn::{Cluster, ClusterPlan, free_port};
 
 const MIB: u64 = 1 << 20;
 const DEADLINE: Duration = Duration::from_mins(5);
@@ -509,6 +509,93 @@ fn a_thousand_idle_connections_cost_little() -> Result<()> {
         ensure!(client.read(0, 4096)? == [1; 4096]);
     }
     cluster.finish()
+}
+
+/// A CA with a certificate for `localhost` (`server-*.pem`) and one for a client, as QEMU's and libnbd's tools expect them.
+fn certificates(directory: &Path) -> Result<()> {
+    std::fs::create_dir(directory)?;
+    let openssl = |arguments: &str| {
+        let words = arguments.split_whitespace().collect::<Vec<_>>();
+        command::run(Command::new("openssl").args(words).current_dir(directory), DEADLINE)?.ok().map(drop)
+    };
+    openssl("req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=ca -keyout ca-key.pem -out ca-cert.pem")?;
+    for (who, extension) in [("server", "subjectAltName=DNS:localhost"), ("client", "extendedKeyUsage=clientAuth")] {
+        openssl(&format!("req -newkey rsa:2048 -nodes -subj /CN={who} -keyout {who}-key.pem -out {who}.csr"))?;
+        std::fs::write(directory.join("extension"), extension)?;
+        openssl(&format!(
+            "x509 -req -days 2 -in {who}.csr -CA ca-cert.pem -CAkey ca-key.pem -CAcreateserial -out {who}-cert.pem \
+             -extfile extension"
+        ))?;
+    }
+    Ok(())
+}
+
+#[test]
+fn tls_lets_in_whom_the_authority_signed() -> Result<()> {
+    for program in ["openssl", "nbdinfo"] {
+        if find_program(program).is_none() {
+            skipped("TLS", "install the packages openssl and libnbd-bin");
+            return Ok(());
+        }
+    }
+    let scratch = tempfile::tempdir()?;
+    let (ours, theirs) = (scratch.path().join("ours"), scratch.path().join("theirs"));
+    certificates(&ours)?;
+    certificates(&theirs)?;
+    let port = free_port()?;
+    let nbd = ["--nbd".to_owned(), port.to_string(), "--nbd-tls".to_owned(), text(&ours).to_owned()];
+    let nbd: Vec<&str> = nbd.iter().map(String::as_str).collect();
+    let cluster = ClusterPlan::new(1).arguments(0, &nbd).start_formatted(1)?;
+    cluster.dog(&["vdi", "create", "disk", "16M"])?.ok()?;
+
+    let with = |directory: &Path| format!("nbds://localhost:{port}/disk?tls-certificates={}", text(directory));
+    let info = tool("nbdinfo", &[&with(&ours)])?.out();
+    ensure!(info.contains("with TLS") && info.contains("export-size: 16777216"), "{info}");
+    let qemu = Qemu::installed()?;
+    let creds = format!("tls-creds-x509,id=t,endpoint=client,dir={},verify-peer=on", text(&ours));
+    let target = format!(
+        "driver=raw,file.driver=nbd,file.server.type=inet,file.server.host=localhost,file.server.port={port},\
+         file.export=disk,file.tls-creds=t"
+    );
+    let written = Command::new(find_program("qemu-io").context("no qemu-io")?)
+        .args(["--object", &creds, "--image-opts", &target, "-c", "write -P 6 0 1M", "-c", "read -P 6 0 1M"])
+        .output()?;
+    ensure!(written.status.success(), "{}", String::from_utf8_lossy(&written.stderr));
+    // The unix socket is protected by its directory, and sees the same disk.
+    qemu.expect_pattern(&url(&cluster, 0, "disk"), 6, 0, MIB)?;
+
+    // Without TLS, without a certificate, with somebody else's.
+    let plain = command::run(Command::new("nbdinfo").arg(format!("nbd://localhost:{port}/disk")), DEADLINE)?;
+    plain.refused()?;
+    let nobody = scratch.path().join("nobody");
+    std::fs::create_dir(&nobody)?;
+    std::fs::copy(ours.join("ca-cert.pem"), nobody.join("ca-cert.pem"))?;
+    let foreign = scratch.path().join("foreign");
+    std::fs::create_dir(&foreign)?;
+    std::fs::copy(ours.join("ca-cert.pem"), foreign.join("ca-cert.pem"))?;
+    for file in ["client-cert.pem", "client-key.pem"] {
+        std::fs::copy(theirs.join(file), foreign.join(file))?;
+    }
+    for stranger in [&nobody, &foreign, &theirs] {
+        command::run(Command::new("nbdinfo").arg(with(stranger)), DEADLINE)?.refused()?;
+    }
+    ensure!(!cluster.node(0).log().contains("PRIVATE"), "a key is in the log");
+    cluster.finish()
+}
+
+#[test]
+fn unusable_certificates_are_a_clear_refusal() -> Result<()> {
+    let scratch = tempfile::tempdir()?;
+    let start = || {
+        let started = ClusterPlan::new(1).arguments(0, &["--nbd-tls", text(scratch.path())]).start();
+        Ok::<String, anyhow::Error>(format!("{:#}", started.err().context("it started")?))
+    };
+    ensure!(start()?.contains("ca-cert.pem"));
+    for file in ["ca-cert.pem", "server-cert.pem", "server-key.pem"] {
+        std::fs::write(scratch.path().join(file), "-----BEGIN NOTHING-----")?;
+    }
+    ensure!(start()?.contains("ca-cert.pem: "));
+    Ok(())
 }
 
 #[test]

@@ -53,6 +53,11 @@ impl FrameReader {
         }
     }
 
+    /// The byte stream, unless bytes of it were taken and not given out.
+    pub fn into_inner(self) -> Option<Box<dyn AsyncRead + Send + Unpin>> {
+        self.buffer.is_empty().then_some(self.reader)
+    }
+
     /// Whether a whole header of `length` bytes is here already, so that the next one costs no waiting.
     pub fn has(&self, length: usize) -> bool {
         self.buffer.len() >= length

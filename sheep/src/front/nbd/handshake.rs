@@ -5,8 +5,10 @@
 use std::io;
 use std::sync::Arc;
 
-use bytes::{BufMut, Bytes, BytesMut};
+use bytes::{BufMut, BytesMut};
+use tokio::io::{AsyncWrite, AsyncWriteExt};
 
+use super::TlsPolicy;
 use super::contexts::{self, Context};
 use super::export::{self, Export};
 use super::wire::{
@@ -15,7 +17,8 @@ use super::wire::{
 };
 use crate::data::Data;
 use crate::data::volumes::VolumeError;
-use crate::world::frames::{FrameReader, FrameSender};
+use crate::world::frames::FrameReader;
+use crate::world::net::Connection;
 
 /// Longest option: a name and a number of context queries, each of which may have 4,096 bytes.
 const OPTION_BYTES_MAX: usize = 64 << 10;
@@ -43,7 +46,8 @@ pub struct Session {
 
 struct Handshake<'a> {
     data: &'a Data,
-    sender: &'a FrameSender,
+    /// Replies that were not written yet.
+    unsent: BytesMut,
     style: ReplyStyle,
     /// The contexts, and the export for which they were set.
     contexts: Option<(Vec<u8>, Numbered)>,
@@ -55,20 +59,27 @@ fn violation(what: &str) -> io::Error {
     io::Error::new(io::ErrorKind::InvalidData, what.to_string())
 }
 
+/// What a chosen export is served over.
+pub type Chosen = (Session, FrameReader, Box<dyn AsyncWrite + Send + Unpin>);
+
 /// Runs the handshake. `None` if the client left, or was told why it must.
-pub async fn negotiate(data: &Data, reader: &mut FrameReader, sender: &FrameSender) -> io::Result<Option<Session>> {
-    let mut greeting = BytesMut::with_capacity(18);
-    greeting.put_u64(NBD_MAGIC);
-    greeting.put_u64(OPTION_MAGIC);
-    greeting.put_u16(FLAG_FIXED_NEWSTYLE | FLAG_NO_ZEROES);
-    sender.send(greeting.freeze(), Bytes::new());
+pub async fn negotiate(data: &Data, connection: Connection, policy: TlsPolicy) -> io::Result<Option<Chosen>> {
+    let peer = connection.peer.clone();
+    let mut reader = FrameReader::new(connection.reader);
+    let mut writer = connection.writer;
+    let mut policy = policy;
+    let mut handshake =
+        Handshake { data, unsent: BytesMut::new(), style: ReplyStyle::Simple, contexts: None, opened: None };
+    handshake.unsent.put_u64(NBD_MAGIC);
+    handshake.unsent.put_u64(OPTION_MAGIC);
+    handshake.unsent.put_u16(FLAG_FIXED_NEWSTYLE | FLAG_NO_ZEROES);
+    handshake.send(&mut writer).await?;
     let Some(flags) = reader.header::<4>().await? else { return Ok(None) };
     let flags = u32::from_be_bytes(flags);
     if flags & !u32::from(FLAG_FIXED_NEWSTYLE | FLAG_NO_ZEROES) != 0 || flags & u32::from(FLAG_FIXED_NEWSTYLE) == 0 {
         return Err(violation("the client does not speak the fixed newstyle handshake"));
     }
     let wants_zeroes = flags & u32::from(FLAG_NO_ZEROES) == 0;
-    let mut handshake = Handshake { data, sender, style: ReplyStyle::Simple, contexts: None, opened: None };
     for _ in 0..OPTIONS_MAX {
         let Some(header) = reader.header::<16>().await? else { return Ok(None) };
         if header[..8] != OPTION_MAGIC.to_be_bytes() {
@@ -77,30 +88,57 @@ pub async fn negotiate(data: &Data, reader: &mut FrameReader, sender: &FrameSend
         let (code, length) = (u32_at(&header, 8).unwrap_or(0), u32_at(&header, 12).unwrap_or(0) as usize);
         if length > OPTION_BYTES_MAX {
             handshake.reply(code, reply::ERR_TOO_BIG, b"");
+            handshake.send(&mut writer).await?;
             return Err(violation("an option that is too long"));
         }
         let body = reader.payload(length).await?;
-        match OptionKind::from_code(code) {
-            Some(OptionKind::ExportName) => return handshake.export_name(&body, wants_zeroes).await,
+        let kind = OptionKind::from_code(code);
+        if kind == Some(OptionKind::StartTls) {
+            let (TlsPolicy::Offered(tls) | TlsPolicy::Required(tls)) = &policy else {
+                handshake.reply(code, reply::ERR_POLICY, b"this server was started without --nbd-tls");
+                handshake.send(&mut writer).await?;
+                continue;
+            };
+            if !body.is_empty() {
+                handshake.reply(code, reply::ERR_INVALID, b"");
+                handshake.send(&mut writer).await?;
+                continue;
+            }
+            handshake.reply(code, reply::ACK, b"");
+            handshake.send(&mut writer).await?;
+            // Bytes that came before TLS could have been put there by anybody.
+            let plain = reader.into_inner().ok_or_else(|| violation("bytes between STARTTLS and TLS"))?;
+            let inside = tls.accept(Connection { reader: plain, writer, peer: peer.clone() }).await?;
+            (reader, writer) = (FrameReader::new(inside.reader), inside.writer);
+            // Whatever was agreed on before is forgotten.
+            handshake = Handshake { style: ReplyStyle::Simple, contexts: None, opened: None, ..handshake };
+            policy = TlsPolicy::None;
+            continue;
+        }
+        if matches!(policy, TlsPolicy::Required(_)) && kind != Some(OptionKind::Abort) {
+            if kind == Some(OptionKind::ExportName) {
+                return Err(violation("an export was asked for without TLS"));
+            }
+            handshake.reply(code, reply::ERR_TLS_REQD, b"this server wants TLS first");
+            handshake.send(&mut writer).await?;
+            continue;
+        }
+        let session = match kind {
+            Some(OptionKind::ExportName) => Some(handshake.export_name(&body, wants_zeroes).await?),
+            Some(OptionKind::Go) => handshake.info(code, &body, true).await,
             Some(OptionKind::Abort) => {
                 handshake.reply(code, reply::ACK, b"");
+                handshake.send(&mut writer).await?;
                 return Ok(None);
             }
-            Some(OptionKind::Go) => {
-                if let Some(session) = handshake.info(code, &body, true).await {
-                    return Ok(Some(session));
-                }
+            _ => {
+                handshake.answer(kind, code, &body).await;
+                None
             }
-            Some(OptionKind::Info) => {
-                handshake.info(code, &body, false).await;
-            }
-            Some(OptionKind::List) => handshake.list(code, &body).await,
-            Some(OptionKind::StructuredReply) => handshake.choose_style(code, &body, ReplyStyle::Structured),
-            Some(OptionKind::ExtendedHeaders) => handshake.choose_style(code, &body, ReplyStyle::Extended),
-            Some(OptionKind::ListMetaContext) => handshake.meta_contexts(code, &body, true).await,
-            Some(OptionKind::SetMetaContext) => handshake.meta_contexts(code, &body, false).await,
-            Some(OptionKind::StartTls) => handshake.reply(code, reply::ERR_POLICY, b"this server has no TLS yet"),
-            None => handshake.reply(code, reply::ERR_UNSUP, b""),
+        };
+        handshake.send(&mut writer).await?;
+        if let Some(session) = session {
+            return Ok(Some((session, reader, writer)));
         }
     }
     Err(violation("options without end"))
@@ -138,8 +176,29 @@ pub fn info_query(body: &[u8]) -> Option<(&[u8], Vec<u16>)> {
 }
 
 impl Handshake<'_> {
-    fn reply(&self, option: u32, kind: u32, data: &[u8]) {
-        self.sender.send(option_reply(option, kind, data), Bytes::new());
+    fn reply(&mut self, option: u32, kind: u32, data: &[u8]) {
+        self.unsent.extend_from_slice(&option_reply(option, kind, data));
+    }
+
+    async fn send(&mut self, writer: &mut (dyn AsyncWrite + Send + Unpin)) -> io::Result<()> {
+        writer.write_all(&self.unsent).await?;
+        self.unsent.clear();
+        writer.flush().await
+    }
+
+    /// Options that do not end the handshake.
+    async fn answer(&mut self, kind: Option<OptionKind>, code: u32, body: &[u8]) {
+        match kind {
+            Some(OptionKind::Info) => {
+                self.info(code, body, false).await;
+            }
+            Some(OptionKind::List) => self.list(code, body).await,
+            Some(OptionKind::StructuredReply) => self.choose_style(code, body, ReplyStyle::Structured),
+            Some(OptionKind::ExtendedHeaders) => self.choose_style(code, body, ReplyStyle::Extended),
+            Some(OptionKind::ListMetaContext) => self.meta_contexts(code, body, true).await,
+            Some(OptionKind::SetMetaContext) => self.meta_contexts(code, body, false).await,
+            _ => self.reply(code, reply::ERR_UNSUP, b""),
+        }
     }
 
     /// What an export can do, as flags.
@@ -188,7 +247,7 @@ impl Handshake<'_> {
     }
 
     /// NBD_OPT_EXPORT_NAME has no way to refuse but to hang up.
-    async fn export_name(&mut self, name: &[u8], wants_zeroes: bool) -> io::Result<Option<Session>> {
+    async fn export_name(&mut self, name: &[u8], wants_zeroes: bool) -> io::Result<Session> {
         let export = self.open(name).await.map_err(|error| violation(&error.to_string()))?;
         let mut answer = BytesMut::new();
         answer.put_u64(export.disk.size_bytes());
@@ -196,8 +255,8 @@ impl Handshake<'_> {
         if wants_zeroes {
             answer.put_bytes(0, 124);
         }
-        self.sender.send(answer.freeze(), Bytes::new());
-        Ok(Some(self.session(export)))
+        self.unsent.extend_from_slice(&answer);
+        Ok(self.session(export))
     }
 
     async fn info(&mut self, option: u32, body: &[u8], is_go: bool) -> Option<Session> {
@@ -228,7 +287,7 @@ impl Handshake<'_> {
         is_go.then(|| self.session(export))
     }
 
-    async fn list(&self, option: u32, body: &[u8]) {
+    async fn list(&mut self, option: u32, body: &[u8]) {
         if !body.is_empty() {
             self.reply(option, reply::ERR_INVALID, b"");
             return;

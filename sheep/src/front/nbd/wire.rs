@@ -67,6 +67,8 @@ pub mod reply {
     pub const ERR_POLICY: u32 = 1 << 31 | 2;
     /// The option's data make no sense.
     pub const ERR_INVALID: u32 = 1 << 31 | 3;
+    /// TLS comes first.
+    pub const ERR_TLS_REQD: u32 = 1 << 31 | 5;
     /// No such export.
     pub const ERR_UNKNOWN: u32 = 1 << 31 | 6;
     /// The server cannot serve now.
