@@ -1,5 +1,5 @@
 //! Real NBD clients on real nodes: this machine's QEMU, libnbd's tools, fio, a guest, and our own byte-level client for what
-//! those cannot say.
+//! those cannot say. `GARBAGE_SECONDS` makes the malformed conversations go on for longer.
 
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -438,8 +438,13 @@ fn garbage_ends_its_own_connection_only() -> Result<()> {
     let mut bystander = NbdClient::open(&socket(&cluster, 0), "disk", Style::Extended, &[])?;
     bystander.write(0, &[3; 4096], 0)?;
     let resident_before = resident_kib(&cluster)?;
+    let seconds = std::env::var("GARBAGE_SECONDS").ok().and_then(|text| text.parse().ok()).unwrap_or(0);
+    let until = Instant::now() + Duration::from_secs(seconds);
     let mut random = Random::new(99);
-    for round in 0..400 {
+    let mut conversations = 0_u64;
+    while conversations < 400 || Instant::now() < until {
+        let round = conversations;
+        conversations += 1;
         let mut stream = NbdClient::greet(&socket(&cluster, 0))?;
         let mut bytes = Vec::new();
         match round % 4 {
@@ -472,7 +477,7 @@ fn garbage_ends_its_own_connection_only() -> Result<()> {
                 bytes.extend_from_slice(&noise);
             }
         }
-        if round % 4 == 0 {
+        if round.is_multiple_of(4) {
             fill_random(&mut bytes, &mut random);
         }
         // The server may have hung up in the middle, as it should.
@@ -480,7 +485,7 @@ fn garbage_ends_its_own_connection_only() -> Result<()> {
     }
     ensure!(bystander.read(0, 4096)? == [3; 4096], "another client was harmed");
     let grown = resident_kib(&cluster)?.saturating_sub(resident_before);
-    eprintln!("400 malformed conversations: {grown} KiB more resident");
+    eprintln!("{conversations} malformed conversations: {grown} KiB more resident");
     ensure!(grown < 32 << 10, "memory grew by {grown} KiB");
     ensure!(!cluster.node(0).log().contains("panicked"), "{}", cluster.node(0).log());
     cluster.finish()

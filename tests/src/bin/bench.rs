@@ -1,6 +1,6 @@
 //! Measures the data path beside a raw file behind `qemu-nbd`, in one run, and prints the ratio.
 //!
-//! `cargo run --release -p tests --bin bench -- [--json FILE] [--quick] [PATTERN...]` starts three sheep on loopback with a
+//! `cargo run --release -p tests --bin bench -- [--nbd] [--json FILE] [--quick] [PATTERN...]` starts three sheep on loopback with a
 //! volume in three copies, and `qemu-nbd --cache=none --aio=io_uring` on a raw file in the same directory, and puts the same
 //! load on both in turn: one connection, so many requests under way, offsets that follow from a seed. Both volumes are
 //! written in full before anything is measured. Durable means: the native client asks for write-through; the NBD client sets
@@ -35,6 +35,9 @@ struct Arguments {
     /// A quarter of the operations.
     #[arg(long)]
     quick: bool,
+    /// Reach our volume by NBD as well, with the same client as the reference, instead of the native protocol.
+    #[arg(long)]
+    nbd: bool,
     /// Volume size, MiB.
     #[arg(long, default_value_t = 1024)]
     size_mib: u64,
@@ -192,7 +195,7 @@ struct Nbd {
 const NBD_FUA: u16 = 1;
 
 impl Nbd {
-    fn connect(socket: &Path) -> Result<Nbd> {
+    fn connect(socket: &Path, export: &str) -> Result<Nbd> {
         let mut stream = UnixStream::connect(socket)?;
         let mut greeting = [0; 18];
         stream.read_exact(&mut greeting)?;
@@ -201,9 +204,10 @@ impl Nbd {
         stream.write_all(&3_u32.to_be_bytes())?;
         stream.write_all(b"IHAVEOPT")?;
         stream.write_all(&1_u32.to_be_bytes())?;
-        stream.write_all(&0_u32.to_be_bytes())?;
-        let mut export = [0; 10];
-        stream.read_exact(&mut export)?;
+        stream.write_all(&(export.len() as u32).to_be_bytes())?;
+        stream.write_all(export.as_bytes())?;
+        let mut answer = [0; 10];
+        stream.read_exact(&mut answer)?;
         Ok(Nbd { stream, buffer: vec![0; 2 << 20], next: 0, under_way: VecDeque::new() })
     }
 
@@ -249,7 +253,7 @@ impl Device for Nbd {
         let mut header = [0; 16];
         self.stream.read_exact(&mut header)?;
         let error = u32::from_be_bytes([header[4], header[5], header[6], header[7]]);
-        ensure!(error == 0, "qemu-nbd answered error {error}");
+        ensure!(error == 0, "the NBD server answered error {error}");
         let mut handle = [0; 8];
         handle.copy_from_slice(&header[8..]);
         let handle = u64::from_be_bytes(handle);
@@ -389,7 +393,7 @@ fn start_reference(directory: &Path, size_bytes: u64) -> Result<(Reference, Nbd)
         let reference = Reference { child: start(aio)? };
         for _ in 0..100 {
             std::thread::sleep(Duration::from_millis(20));
-            if let Ok(nbd) = Nbd::connect(&socket) {
+            if let Ok(nbd) = Nbd::connect(&socket, "") {
                 println!("reference: qemu-nbd --cache=none --aio={aio} on a raw file");
                 return Ok((reference, nbd));
             }
@@ -408,9 +412,14 @@ fn main() -> Result<()> {
     let cluster = ClusterPlan::new(3).start_formatted(3)?;
     let pids: Vec<u32> = (0..3).filter_map(|index| cluster.node(index).pid()).collect();
     let mut native = prepare_volume(&cluster, size_bytes)?;
+    let mut ours_by_nbd = Nbd::connect(&cluster.node(0).store.join("nbd.sock"), "bench")?;
     let (reference, mut nbd) = start_reference(cluster.scratch(), size_bytes)?;
     let reference_pids = [reference.child.id()];
-    println!("three sheep on loopback, one volume of {} MiB in three copies, one disk for all", arguments.size_mib);
+    let protocol = if arguments.nbd { "NBD" } else { "the native protocol" };
+    println!(
+        "three sheep on loopback, one volume of {} MiB in three copies, one disk for all, through {protocol}",
+        arguments.size_mib
+    );
     println!(
         "{:<22} {:>10} {:>9} {:>9} {:>9} {:>8} | {:>10} {:>9} {:>8} | {:>6}",
         "pattern", "sheep/s", "p50 us", "p99 us", "p99.9", "cpu us", "nbd/s", "p50 us", "cpu us", "ratio"
@@ -422,7 +431,8 @@ fn main() -> Result<()> {
             continue;
         }
         let operations = if arguments.quick { pattern.operations / 4 } else { pattern.operations };
-        let ours = run(&mut native, pattern, size_bytes, operations, &pids)?;
+        let device: &mut dyn Device = if arguments.nbd { &mut ours_by_nbd } else { &mut native };
+        let ours = run(device, pattern, size_bytes, operations, &pids)?;
         let theirs = run(&mut nbd, pattern, size_bytes, operations, &reference_pids)?;
         println!(
             "{:<22} {:>10.0} {:>9.0} {:>9.0} {:>9.0} {:>8.1} | {:>10.0} {:>9.0} {:>8.1} | {:>6.2}",
