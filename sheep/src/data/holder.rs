@@ -69,7 +69,7 @@ struct State {
     deferring: bool,
     /// Payload bytes of deferred writes.
     deferred_bytes: u64,
-    /// Objects that lost deferred writes since their comparison began: it must be done again.
+    /// Objects that lost parked writes since their comparison began: it must be done again.
     dropped: HashSet<Oid>,
     /// Per VDI, what its writer has told.
     marks: HashMap<VdiId, Marks>,
@@ -134,7 +134,8 @@ pub enum Between {
     Writes(Vec<(u64, Bytes)>),
     /// The last ones have not come yet.
     NotAllYet,
-    /// One of them is a creation, a copy or a removal.
+    /// They cannot be had: one is a creation, a copy or a removal, or the lease changed hands. The object must be compared
+    /// again: its source then has them from the start.
     Replaced,
 }
 
@@ -439,6 +440,11 @@ impl Holder {
             return Between::Writes(Vec::new());
         }
         let state = self.state();
+        // Writes of an earlier lease generation were dropped here, or refused, that the source may have in part.
+        let generation = state.marks.get(&oid.vid()).map_or(0, |marks| marks.generation);
+        if state.dropped.contains(&oid) || through.generation < generation {
+            return Between::Replaced;
+        }
         let parked = state.parked.get(&oid).into_iter().flatten();
         let newer = parked.filter(|parked| parked.request.stamp > after);
         let mut writes = Vec::new();
@@ -868,11 +874,9 @@ fn drop_parked(state: &mut State, vdi: VdiId, generation: u32) {
             std::mem::take(parked).into_iter().partition::<VecDeque<_>, _>(|p| p.request.stamp.generation < generation);
         *parked = kept;
         for old in older {
+            state.dropped.insert(*oid);
             match old.answer {
-                None => {
-                    state.deferred_bytes -= old.data.len() as u64;
-                    state.dropped.insert(*oid);
-                }
+                None => state.deferred_bytes -= old.data.len() as u64,
                 Some(answer) => drop(answer.send(Pending::Now(Verdict::Fenced))),
             }
         }

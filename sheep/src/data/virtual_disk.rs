@@ -369,6 +369,11 @@ impl VirtualDisk {
         Ok(())
     }
 
+    /// How many objects a range of so many bytes touches, at most.
+    pub fn object_count(&self, length: u64) -> u64 {
+        length.min(self.size_bytes) / self.object_bytes + 2
+    }
+
     /// Whether a range consists of whole objects.
     pub fn is_whole_objects(&self, offset: u64, length: u64) -> bool {
         let end = offset + length;

@@ -105,6 +105,9 @@ async fn fetch_once(data: &Data, holder: &Arc<Holder>, source: &Source) -> Outco
         tracing::warn!("cannot write object {oid}: {error}");
         return Outcome::Failed;
     }
+    if holder.epoch() != epoch {
+        return Outcome::Failed;
+    }
     // A copy that got writes nobody else has (its writer died) may have a higher stamp than what was served meanwhile.
     // It lost: it goes, whatever it holds.
     if holder.store().entry(oid).is_some_and(|entry| entry.version.stamp > through)

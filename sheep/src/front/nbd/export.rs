@@ -31,7 +31,10 @@ struct Overlay {
 impl Drop for Overlay {
     fn drop(&mut self) {
         let (data, name) = (self.data.clone(), std::mem::take(&mut self.name));
-        tokio::spawn(async move { delete_overlay(&data, &name).await });
+        // At the end of the process there is nothing left to run it: the next start deletes the overlay.
+        if let Ok(runtime) = tokio::runtime::Handle::try_current() {
+            runtime.spawn(async move { delete_overlay(&data, &name).await });
+        }
     }
 }
 

@@ -20,8 +20,10 @@ use crate::world::frames::{FrameReader, FrameSender};
 
 /// Request and answer bytes under way per connection: two of the largest requests.
 const UNDER_WAY_BYTES_MAX: usize = 2 * PAYLOAD_BYTES_MAX as usize;
-/// What a request costs besides its payload.
-const REQUEST_COST_BYTES: usize = 256;
+/// What a request costs besides its payload: its task.
+const REQUEST_COST_BYTES: usize = 4096;
+/// What a status request costs for each object of its range, while it is answered.
+const STATUS_COST_BYTES: u64 = 64;
 /// Extents per context of one BLOCK_STATUS answer.
 const EXTENTS_MAX: usize = 1 << 16;
 
@@ -56,8 +58,12 @@ pub async fn serve(session: Session, mut reader: FrameReader, sender: FrameSende
             return Ok(());
         }
         let is_read = command.kind == Some(CommandKind::Read);
-        let carried = if carries_payload || is_read { command.length.min(u64::from(PAYLOAD_BYTES_MAX)) } else { 0 };
-        let cost = carried as usize + REQUEST_COST_BYTES;
+        let carried = match command.kind {
+            _ if carries_payload || is_read => command.length.min(u64::from(PAYLOAD_BYTES_MAX)),
+            Some(CommandKind::BlockStatus) => session.export.disk.object_count(command.length) * STATUS_COST_BYTES,
+            _ => 0,
+        };
+        let cost = (carried as usize + REQUEST_COST_BYTES).min(UNDER_WAY_BYTES_MAX);
         // The semaphore is never closed.
         let Ok(permit) = room.clone().acquire_many_owned(cost as u32).await else { return Ok(()) };
         let payload = if carries_payload { reader.payload(command.length as usize).await? } else { Bytes::new() };

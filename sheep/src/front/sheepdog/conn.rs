@@ -17,8 +17,8 @@ use crate::world::net::Connection;
 
 /// Request and answer bytes under way per connection: sixteen requests of one 4 MiB object, as QEMU never has more.
 const UNDER_WAY_BYTES_MAX: usize = 64 << 20;
-/// What a request costs besides its payload.
-const REQUEST_COST_BYTES: usize = 256;
+/// What a request costs besides its payload: its task.
+const REQUEST_COST_BYTES: usize = 4096;
 /// The largest object that the server keeps for clients; larger requests end the connection.
 const OBJECT_BYTES_MAX: usize = 64 << 20;
 
