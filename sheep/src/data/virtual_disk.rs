@@ -413,7 +413,7 @@ impl VirtualDisk {
         Ok(super::flush::flush(&self.data).await?)
     }
 
-    /// Which parts of a range are allocated; the others read as zeros. Looks into [`LOOKED_INTO_MAX`] objects and stops
+    /// Which parts of a range are allocated; the others read as zeros. Looks into `LOOKED_INTO_MAX` objects and stops
     /// there, perhaps before the end of the range, but not before it got somewhere.
     pub async fn allocated(&self, offset: u64, length: u64) -> Result<Vec<Extent>, DiskError> {
         let id = self.head()?.id;

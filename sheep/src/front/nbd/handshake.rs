@@ -1,6 +1,6 @@
 //! The fixed newstyle handshake: options and their answers, until the client chooses an export or leaves.
 //!
-//! Nothing a client sends here costs more than [`OPTION_BYTES_MAX`], and options end after [`OPTIONS_MAX`].
+//! Nothing a client sends here costs more than `OPTION_BYTES_MAX`, and options end after `OPTIONS_MAX`.
 
 use std::io;
 use std::sync::Arc;
