@@ -87,6 +87,7 @@ impl Node {
         for listener in clients {
             tokio::spawn(sheepdog::listen(front.clone(), listener));
         }
+        tokio::spawn(nbd::export::delete_overlays(data.clone(), nbd::export::left_overlays(&data)));
         for listener in nbd_listeners {
             let policy = match (&tls, listener.local()) {
                 (None, _) => TlsPolicy::None,
@@ -95,10 +96,6 @@ impl Node {
             };
             tokio::spawn(nbd::listen(data.clone(), listener, policy));
         }
-        tokio::spawn({
-            let data = data.clone();
-            async move { nbd::export::delete_left_overlays(&data).await }
-        });
         tracing::info!("sheepdog daemon (version {}) started", env!("CARGO_PKG_VERSION"));
         let sockets = [SOCKET, NBD_SOCKET].map(|name| config.meta.join(name));
         Ok(Node { world, cluster, data, store: Some(store), stop, sockets })

@@ -67,7 +67,7 @@ struct State {
     parked: HashMap<Oid, VecDeque<Parked>>,
     /// Whether writes may be deferred in this epoch.
     deferring: bool,
-    /// Payload bytes of deferred writes.
+    /// Bytes of deferred writes.
     deferred_bytes: u64,
     /// Objects that lost parked writes since their comparison began: it must be done again.
     dropped: HashSet<Oid>,
@@ -124,9 +124,14 @@ struct Parked {
     answer: Option<oneshot::Sender<Pending>>,
 }
 
-/// Most payload bytes of deferred writes. Beyond that writes wait for their objects, so that guests get as fast as
+/// Most bytes of deferred writes. Beyond that writes wait for their objects, so that guests get as fast as
 /// recovery is.
 const DEFERRED_BYTES_MAX: u64 = 64 << 20;
+
+/// What a deferred write takes, payload and all.
+fn deferred_cost(payload_bytes: usize) -> u64 {
+    (payload_bytes + size_of::<Parked>()) as u64
+}
 
 /// What [`Holder::writes_between`] found.
 pub enum Between {
@@ -405,11 +410,14 @@ impl Holder {
                     // The other holders said the same to the gateway.
                     tracing::warn!("a deferred write to object {oid} was dropped: {verdict:?}");
                 }
-                Pending::Ticket(..) | Pending::Parked(_) => {}
+                pending => {
+                    // Nobody waits for it, but a device that fails must be told.
+                    tokio::spawn(pending.finish());
+                }
             }
             left -= 1;
             if let Some(done) = parked.pop_front() {
-                state.deferred_bytes -= done.data.len() as u64;
+                state.deferred_bytes -= deferred_cost(done.data.len());
             }
         }
         if !parked.is_empty() {
@@ -606,9 +614,11 @@ impl Holder {
     fn park(&self, state: &mut State, request: &PeerRequest, data: Bytes) -> (Pending, Wanted) {
         let oid = request.oid;
         let last_was_deferred = state.parked.get(&oid).and_then(VecDeque::back).map(|last| last.answer.is_none());
-        if self.may_defer(state, request, data.len() as u64, last_was_deferred) {
+        if self.may_defer(state, request, deferred_cost(data.len()), last_was_deferred) {
             note_write(state, request);
-            state.deferred_bytes += data.len() as u64;
+            state.deferred_bytes += deferred_cost(data.len());
+            // A copy: the payload is a slice of a receive buffer that is many times as large.
+            let data = Bytes::copy_from_slice(&data);
             state.parked.entry(oid).or_default().push_back(Parked { request: *request, data, answer: None });
             let wanted = if last_was_deferred.is_none() { Wanted::InTurn(oid) } else { Wanted::Nothing };
             return (Pending::Now(Verdict::Deferred), wanted);
@@ -876,7 +886,7 @@ fn drop_parked(state: &mut State, vdi: VdiId, generation: u32) {
         for old in older {
             state.dropped.insert(*oid);
             match old.answer {
-                None => state.deferred_bytes -= old.data.len() as u64,
+                None => state.deferred_bytes -= deferred_cost(old.data.len()),
                 Some(answer) => drop(answer.send(Pending::Now(Verdict::Fenced))),
             }
         }

@@ -48,6 +48,9 @@ pub struct InodeWriter {
     pub qemu_synchronous: bool,
     /// Whether the write must be durable when done.
     pub durable: bool,
+    /// Whether a clearing of a snapshot's map is refused. Clients with a stale idea of which VDI is the working one are told
+    /// that it is done; whoever can follow the snapshot has to know.
+    pub strict: bool,
 }
 
 /// The header that clients see.
@@ -203,21 +206,23 @@ async fn write_header(data: &Data, id: VdiId, offset: u64, part: &[u8]) -> Resul
 async fn write_map(data: &Data, id: VdiId, offset: u64, payload: Bytes, writer: InodeWriter) -> Result<(), InodeError> {
     let turn = data.inode_turns().turn(Oid::inode(id));
     let _one_at_a_time = turn.lock().await;
-    let vdi = data.view().state.live_vdi(id).cloned().ok_or(InodeError::Missing)?;
     let clears = payload.iter().all(|byte| *byte == 0);
-    if vdi.is_snapshot() {
-        // A discard by a client that opened the snapshot would destroy it: acknowledged and ignored.
-        return if clears { Ok(()) } else { Err(InodeError::ReadOnly) };
-    }
-    if clears && writer.qemu_synchronous && payload.len() > MAP_ENTRY_BYTES {
+    if clears && writer.qemu_synchronous && payload.len() > MAP_ENTRY_BYTES && find(data, id).is_ok() {
         // QEMU clears the working VDI's map when it means to delete a snapshot (protocol.md section 9.2, bug 1).
         return Ok(());
     }
     let touched = map_entries_touched(offset, payload.len() as u64);
     let start = map_offset(touched.start);
-    let (old, new) = loop {
+    loop {
+        refuse_snapshot(data, id, clears && !writer.strict)?;
         // What is read here must still hold when it is written: both under one lease.
-        let generation = lease_table::acquire(data, id).await?.generation;
+        let lease = lease_table::acquire(data, id).await?;
+        // A snapshot may have been made while the lease was waited for.
+        let vdi = refuse_snapshot(data, id, clears && !writer.strict)?;
+        if vdi.is_snapshot() {
+            // A discard by a client that opened the snapshot would destroy it: acknowledged and ignored.
+            return Ok(());
+        }
         let old = read_map(data, id, start, touched.len() * MAP_ENTRY_BYTES).await?;
         let mut new = BytesMut::from(&old[..]);
         let at = (offset - start) as usize;
@@ -227,23 +232,61 @@ async fn write_map(data: &Data, id: VdiId, offset: u64, payload: Bytes, writer: 
             return Err(InodeError::Invalid);
         }
         let new = new.freeze();
-        match put_map(data, id, start, new.clone(), writer.durable, generation).await {
-            Err(InodeError::Write(WriteError::Fenced)) => {}
-            other => {
-                other?;
-                break (old, new);
-            }
+        // Nobody else refers to an object of a working VDI.
+        let pairs = touched.clone().zip(map_entries(&old).zip(map_entries(&new)));
+        let dropped: Vec<u32> = pairs
+            .filter(|(_, (before, after))| *before == id.get() && after != before)
+            .map(|(index, _)| index)
+            .collect();
+        for index in &dropped {
+            lease.note_mapped(*index, false);
         }
-    };
-    let pairs = touched.zip(map_entries(&old).zip(map_entries(&new)));
-    for (index, (before, after)) in pairs {
-        if before == id.get() && after != before {
-            // Nobody else refers to an object of a working VDI. Gone before the answer, so that a later creation of the
-            // same object cannot be hit by it.
-            drop_object(data, Oid::data(id, index)).await?;
+        // A map that names what is gone would be an error for ever: the map first, and durably.
+        let durable = writer.durable || !dropped.is_empty();
+        match put_map(data, id, start, new, durable, lease.generation).await {
+            Err(InodeError::Write(WriteError::Fenced)) => continue,
+            other => other?,
+        }
+        for index in dropped {
+            // Gone before the answer, so that a later creation of the same object cannot be hit by it.
+            drop_unmapped(data, id, index, lease.generation).await?;
+        }
+        return Ok(());
+    }
+}
+
+/// The VDI, if its map may change; a snapshot is an error unless that is to be passed over.
+fn refuse_snapshot(data: &Data, id: VdiId, passed_over: bool) -> Result<std::sync::Arc<Vdi>, InodeError> {
+    let vdi = data.view().state.live_vdi(id).cloned().ok_or(InodeError::Missing)?;
+    if vdi.is_snapshot() && !passed_over { Err(InodeError::ReadOnly) } else { Ok(vdi) }
+}
+
+/// Removes an object that the map stopped naming under a lease generation, unless it was made anew under a later one.
+async fn drop_unmapped(data: &Data, id: VdiId, index: u32, generation: u32) -> Result<(), InodeError> {
+    let removal =
+        ObjectWrite { oid: Oid::data(id, index), offset: 0, data: Bytes::new(), base: Base::Removal, durable: true };
+    let mut generation = generation;
+    loop {
+        match write_under(data, &removal, generation).await {
+            Err(WriteError::Fenced) => {
+                generation = lease_table::acquire(data, id).await?.generation;
+                if map_entry(data, id, index).await? == Some(id) {
+                    return Ok(());
+                }
+            }
+            other => return Ok(other?),
         }
     }
-    Ok(())
+}
+
+/// Names an object in its VDI's map, durably, under the lease generation under which the object was made.
+pub async fn map_own(data: &Data, oid: Oid, generation: u32) -> Result<(), InodeError> {
+    let id = oid.vid();
+    let turn = data.inode_turns().turn(Oid::inode(id));
+    let _one_at_a_time = turn.lock().await;
+    refuse_snapshot(data, id, false)?;
+    let entry = Bytes::copy_from_slice(&id.get().to_le_bytes());
+    put_map(data, id, map_offset(oid.index()), entry, true, generation).await
 }
 
 /// Writes map bytes; makes the inode object if the VDI still has its parent's map. `Fenced` if the lease under which that
@@ -313,9 +356,12 @@ async fn nearest_map(data: &Data, id: VdiId) -> Result<Option<VdiId>, ReadFailur
     Ok(None)
 }
 
-/// Clears one map entry and removes its object, as DISCARD_OBJ asks.
-pub async fn discard(data: &Data, oid: Oid, durable: bool) -> Result<(), InodeError> {
-    let writer = InodeWriter { qemu_synchronous: false, durable };
+/// Clears one map entry and removes its object, as DISCARD_OBJ asks. See [`InodeWriter`] for `strict`.
+pub async fn discard(data: &Data, oid: Oid, durable: bool, strict: bool) -> Result<(), InodeError> {
+    // Creators of the same object in this process wait until it is gone.
+    let turn = data.inode_turns().turn(oid);
+    let _no_creator = turn.lock().await;
+    let writer = InodeWriter { qemu_synchronous: false, durable, strict };
     let entry = map_entry(data, oid.vid(), oid.index()).await?;
     if entry.is_none() {
         return Ok(());

@@ -61,12 +61,14 @@ async fn serve(data: Data, connection: Connection) -> std::io::Result<()> {
                 holder.settle(request.oid.vid(), request.stamp.generation, request.settled);
                 answer_from(holder, &sender, PeerAnswer::new(request.id, Verdict::Ok, holder.epoch()), Bytes::new());
             }
-            (PeerKind::Read, Some(holder)) => match holder.read_now(&request) {
-                Some(Ok(bytes)) => {
-                    answer_from(holder, &sender, PeerAnswer::new(request.id, Verdict::Ok, request.epoch), bytes);
+            (PeerKind::Read, Some(holder)) if request.length as usize <= PAYLOAD_BYTES_MAX => {
+                match holder.read_now(&request) {
+                    Some(Ok(bytes)) => {
+                        answer_from(holder, &sender, PeerAnswer::new(request.id, Verdict::Ok, request.epoch), bytes);
+                    }
+                    _ => later(&data, request, &sender),
                 }
-                _ => later(&data, request, &sender),
-            },
+            }
             _ => later(&data, request, &sender),
         }
     }
@@ -184,6 +186,9 @@ fn same_epoch(holder: &Holder, request: &PeerRequest) -> Result<Epoch, Verdict> 
 }
 
 async fn read(data: &Data, holder: &Arc<Holder>, request: &PeerRequest) -> Result<Bytes, Verdict> {
+    if request.length as usize > PAYLOAD_BYTES_MAX {
+        return Err(Verdict::Invalid);
+    }
     if request.has(FLAG_WAIT) {
         ensure_current(data, request.oid, request.epoch).await.map_err(|_| Verdict::OldEpoch)?;
     }

@@ -2,13 +2,14 @@
 //! clients know nothing of objects (NBD) stand on; QEMU's native driver does the same on its own side.
 //!
 //! Always holds:
-//! 1. An object is durable on all holders before the map names it, so that no power loss leaves a map that names nothing.
-//! 2. A snapshot taken meanwhile, by whomever, is followed: the name's next working VDI takes the writes.
-//! 3. What the disk remembers of the map is only that an object is the working VDI's own. If somebody discards it, the
-//!    object is gone as well, its holders say so, and the map is looked at again.
+//! 1. An object is durable on all holders before the map names it, and the map entry before the write that needed it is
+//!    answered: no power loss leaves a map that names nothing, or an object with durable data that nothing names.
+//! 2. A snapshot taken meanwhile, by whomever, is followed: its successor takes the writes. Nothing else is: another volume
+//!    of the same name is another volume.
+//! 3. An object is made, and named in the map, under one lease generation, in which the map was read before. What is
+//!    remembered of the map is remembered with the lease.
 
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Mutex, PoisonError};
 
 use bytes::{Bytes, BytesMut};
 use qemu_proto::inode::{MAP_ENTRY_BYTES, map_offset};
@@ -17,13 +18,15 @@ use sheep_core::vdi::Vdi;
 use sheep_core::vdi_name::Target;
 
 use super::Data;
-use super::gateway::write::{Base, ObjectWrite, write};
-use super::gateway::{ReadFailure, WriteError, read};
-use super::inode::{self, InodeError, InodeWriter};
+use super::gateway::write::{Base, ObjectWrite, write, write_under};
+use super::gateway::{ReadFailure, WriteError, lease_table, read};
+use super::inode::{self, InodeError};
 use super::volumes::{self, Creation, VolumeError};
 
 /// Zeros are written in pieces of this size where they cannot be a hole.
 const ZEROS: &[u8] = &[0; 1 << 20];
+/// How long a client that takes no answers is left alone.
+const PAUSE: std::time::Duration = std::time::Duration::from_millis(1);
 /// Objects whose inside is looked at to say which parts of a range are allocated: tens of milliseconds.
 const LOOKED_INTO_MAX: usize = 256;
 /// A map entry and its object are looked up again when they contradict each other: somebody discards or creates the object.
@@ -97,6 +100,49 @@ pub struct Extent {
     pub is_set: bool,
 }
 
+/// Why a write under a lease was not done.
+enum Again {
+    /// Something changed: from the beginning.
+    Yes,
+    /// For good.
+    No(DiskError),
+}
+
+impl From<WriteError> for Again {
+    fn from(error: WriteError) -> Again {
+        match error {
+            WriteError::Fenced | WriteError::ReadOnly | WriteError::Missing => Again::Yes,
+            error => Again::No(error.into()),
+        }
+    }
+}
+
+impl From<DiskError> for Again {
+    fn from(error: DiskError) -> Again {
+        Again::No(error)
+    }
+}
+
+impl From<VolumeError> for Again {
+    fn from(error: VolumeError) -> Again {
+        match error {
+            VolumeError::Write(error) => error.into(),
+            VolumeError::Read(ReadFailure::Missing) => Again::Yes,
+            error => Again::No(error.into()),
+        }
+    }
+}
+
+impl From<InodeError> for Again {
+    fn from(error: InodeError) -> Again {
+        match error {
+            InodeError::Write(error) => error.into(),
+            InodeError::ReadOnly => Again::Yes,
+            error => Again::No(error.into()),
+        }
+    }
+}
+
 /// A part of a read.
 #[derive(Clone, Debug)]
 pub enum Part {
@@ -106,39 +152,6 @@ pub enum Part {
     Data(Bytes),
 }
 
-/// Which VDI the disk is now, and which objects are known to be its own.
-struct Head {
-    id: VdiId,
-    own: Box<[AtomicU64]>,
-}
-
-impl Head {
-    fn new(vdi: &Vdi) -> Arc<Head> {
-        let words = vdi.object_count().div_ceil(64) as usize;
-        Arc::new(Head { id: vdi.id, own: (0..words).map(|_| AtomicU64::new(0)).collect() })
-    }
-
-    fn word(&self, index: u32) -> Option<(&AtomicU64, u64)> {
-        self.own.get(index as usize / 64).map(|word| (word, 1 << (index % 64)))
-    }
-
-    fn is_own(&self, index: u32) -> bool {
-        self.word(index).is_some_and(|(word, bit)| word.load(Ordering::Relaxed) & bit != 0)
-    }
-
-    fn note_own(&self, index: u32, is_own: bool) {
-        match self.word(index) {
-            Some((word, bit)) if is_own => word.fetch_or(bit, Ordering::Relaxed),
-            Some((word, bit)) => word.fetch_and(!bit, Ordering::Relaxed),
-            None => 0,
-        };
-    }
-
-    fn oid(&self, index: u32) -> Oid {
-        Oid::data(self.id, index)
-    }
-}
-
 /// An open volume or snapshot.
 pub struct VirtualDisk {
     data: Data,
@@ -146,7 +159,8 @@ pub struct VirtualDisk {
     is_snapshot: bool,
     size_bytes: u64,
     object_bytes: u64,
-    head: Mutex<Arc<Head>>,
+    /// Which VDI it is now.
+    head: Mutex<VdiId>,
 }
 
 /// A piece of a range that lies in one object.
@@ -170,7 +184,7 @@ impl VirtualDisk {
             is_snapshot: vdi.is_snapshot(),
             size_bytes: vdi.size_bytes,
             object_bytes: vdi.object_bytes(),
-            head: Mutex::new(Head::new(&vdi)),
+            head: Mutex::new(vdi.id),
         })
     }
 
@@ -184,25 +198,30 @@ impl VirtualDisk {
         self.is_snapshot
     }
 
-    /// The VDI that it is now.
+    /// The VDI that it is now: invariant 2.
     pub fn id(&self) -> Result<VdiId, DiskError> {
-        Ok(self.head()?.id)
-    }
-
-    /// Invariant 2.
-    fn head(&self) -> Result<Arc<Head>, DiskError> {
         let view = self.data.view();
         let mut head = self.head.lock().unwrap_or_else(PoisonError::into_inner);
-        let vdi = view.state.vdis.get(&head.id.get());
-        if vdi.is_some_and(|vdi| !vdi.deleted && vdi.is_snapshot() == self.is_snapshot) {
-            return Ok(head.clone());
+        let vdi = view.state.live_vdi(*head).ok_or(DiskError::Gone)?;
+        if vdi.is_snapshot() == self.is_snapshot {
+            return Ok(*head);
         }
-        if self.is_snapshot {
-            return Err(DiskError::Gone);
-        }
-        let next = view.state.lookup(&self.name, Target::Current).ok().and_then(|id| view.state.vdis.get(&id.get()));
-        *head = Head::new(next.filter(|vdi| !vdi.is_snapshot()).ok_or(DiskError::Gone)?);
-        Ok(head.clone())
+        let next = view.state.lookup(&self.name, Target::Current).ok().and_then(|id| view.state.live_vdi(id));
+        let is_successor = |next: &&std::sync::Arc<Vdi>| {
+            !next.is_snapshot() && next.object_bytes() == self.object_bytes && view.same_chain(next.id, *head)
+        };
+        *head = next.filter(is_successor).ok_or(DiskError::Gone)?.id;
+        Ok(*head)
+    }
+
+    /// Lets a moment pass, for whoever cannot be served faster.
+    pub async fn pause(&self) {
+        self.data.world().clock.sleep(PAUSE).await;
+    }
+
+    /// Whether this gateway knows an object to be the working VDI's own.
+    fn is_own(&self, id: VdiId, index: u32) -> bool {
+        self.data.leases().held(id).is_some_and(|lease| lease.is_mapped(index))
     }
 
     fn pieces(&self, offset: u64, length: u64) -> Result<impl Iterator<Item = Piece> + use<>, DiskError> {
@@ -227,18 +246,14 @@ impl VirtualDisk {
     /// Reads, if that is within one object of which this node has a current copy, and nothing has to be waited for.
     pub fn read_now(&self, offset: u64, length: usize) -> Option<Bytes> {
         let piece = self.pieces(offset, length as u64).ok()?.next().filter(|piece| piece.length == length as u64)?;
-        let head = self.head().ok()?;
-        let oid = if head.is_own(piece.index) {
-            head.oid(piece.index)
+        let id = self.id().ok()?;
+        let owner = if self.is_own(id, piece.index) {
+            id
         } else {
-            let entry = read::read_now(&self.data, Oid::inode(head.id), map_offset(piece.index), MAP_ENTRY_BYTES)?;
-            let owner = inode::owner_of(&entry)?;
-            if owner == head.id {
-                head.note_own(piece.index, true);
-            }
-            Oid::data(owner, piece.index)
+            let entry = read::read_now(&self.data, Oid::inode(id), map_offset(piece.index), MAP_ENTRY_BYTES)?;
+            inode::owner_of(&entry)?
         };
-        read::read_now(&self.data, oid, piece.offset, length)
+        read::read_now(&self.data, Oid::data(owner, piece.index), piece.offset, length)
     }
 
     /// Reads a range in parts, in order.
@@ -264,28 +279,30 @@ impl VirtualDisk {
 
     async fn read_piece(&self, piece: Piece) -> Result<Part, DiskError> {
         for _ in 0..LOOKS_MAX {
-            let head = self.head()?;
-            let owner = if head.is_own(piece.index) {
-                head.id
+            let id = self.id()?;
+            let owner = if self.is_own(id, piece.index) {
+                id
             } else {
-                match inode::map_entry(&self.data, head.id, piece.index).await? {
+                match inode::map_entry(&self.data, id, piece.index).await? {
                     None => return Ok(Part::Hole(piece.length)),
                     Some(owner) => owner,
                 }
             };
             match read::read(&self.data, Oid::data(owner, piece.index), piece.offset, piece.length as usize).await {
-                Ok(bytes) => {
-                    if owner == head.id {
-                        head.note_own(piece.index, true);
-                    }
-                    return Ok(Part::Data(bytes));
-                }
-                Err(ReadFailure::Missing) => head.note_own(piece.index, false),
+                Ok(bytes) => return Ok(Part::Data(bytes)),
+                // Discarded, or copied by somebody whose source then went: look again.
+                Err(ReadFailure::Missing) => self.forget_own(id, piece.index),
                 Err(error) => return Err(error.into()),
             }
         }
         tracing::error!("object {} of volume {} is in the map and nowhere else", piece.index, self.shown_name());
         Err(DiskError::Failed)
+    }
+
+    fn forget_own(&self, id: VdiId, index: u32) {
+        if let Some(lease) = self.data.leases().held(id) {
+            lease.note_mapped(index, false);
+        }
     }
 
     fn shown_name(&self) -> String {
@@ -307,16 +324,16 @@ impl VirtualDisk {
     }
 
     async fn write_piece(&self, piece: Piece, bytes: Bytes, durable: bool) -> Result<(), DiskError> {
+        let object =
+            |oid| ObjectWrite { oid, offset: piece.offset, data: bytes.clone(), base: Base::Existing, durable };
         for _ in 0..LOOKS_MAX {
-            let head = self.head()?;
-            let oid = head.oid(piece.index);
-            if head.is_own(piece.index) {
-                let object =
-                    ObjectWrite { oid, offset: piece.offset, data: bytes.clone(), base: Base::Existing, durable };
-                match write(&self.data, object).await {
+            let id = self.id()?;
+            let oid = Oid::data(id, piece.index);
+            if self.is_own(id, piece.index) {
+                match write(&self.data, object(oid)).await {
                     Ok(()) => return Ok(()),
                     // Discarded, or frozen by a snapshot: look again.
-                    Err(WriteError::Missing) => head.note_own(piece.index, false),
+                    Err(WriteError::Missing) => self.forget_own(id, piece.index),
                     Err(WriteError::ReadOnly) => self.data.settle_in().await,
                     Err(error) => return Err(error.into()),
                 }
@@ -324,38 +341,40 @@ impl VirtualDisk {
             }
             let turn = self.data.inode_turns().turn(oid);
             let _one_creator = turn.lock().await;
-            let owner = inode::map_entry(&self.data, head.id, piece.index).await?;
-            if owner == Some(head.id) {
-                head.note_own(piece.index, true);
-                continue;
-            }
-            let source = owner.map(|owner| Oid::data(owner, piece.index));
-            // Durable whatever the client asked: invariant 1.
-            let creation = Creation { oid, offset: piece.offset, payload: bytes.clone(), source, durable: true };
-            match volumes::create_object(&self.data, creation).await {
-                Ok(()) => {}
-                Err(VolumeError::Write(WriteError::ReadOnly)) => {
-                    self.data.settle_in().await;
-                    continue;
-                }
-                Err(error) => return Err(error.into()),
-            }
-            match self.map_to(head.id, piece.index, head.id.get(), durable).await {
-                Ok(()) => {
-                    head.note_own(piece.index, true);
-                    return Ok(());
-                }
-                Err(InodeError::ReadOnly) => self.data.settle_in().await,
-                Err(error) => return Err(error.into()),
+            match self.write_under_lease(id, piece, object(oid)).await {
+                Ok(()) => return Ok(()),
+                // The lease went elsewhere, a snapshot froze the VDI, the source of a copy was given back: look again.
+                Err(Again::Yes) => self.data.settle_in().await,
+                Err(Again::No(error)) => return Err(error),
             }
         }
         Err(DiskError::Failed)
     }
 
-    async fn map_to(&self, id: VdiId, index: u32, owner: u32, durable: bool) -> Result<(), InodeError> {
-        let entry = Bytes::copy_from_slice(&owner.to_le_bytes());
-        let writer = InodeWriter { qemu_synchronous: false, durable };
-        inode::write_inode(&self.data, id, map_offset(index), &entry, writer).await
+    /// Writes into an object, making it and naming it in the map if need be: invariants 1 and 3.
+    async fn write_under_lease(&self, id: VdiId, piece: Piece, object: ObjectWrite) -> Result<(), Again> {
+        let lease = lease_table::acquire(&self.data, id).await?;
+        if self.id()? != id {
+            return Err(Again::Yes);
+        }
+        let owner = inode::map_entry(&self.data, id, piece.index).await.map_err(DiskError::from)?;
+        if owner == Some(id) {
+            match write_under(&self.data, &object, lease.generation).await {
+                // Mapped but gone: made again, below.
+                Err(WriteError::Missing) => {}
+                other => {
+                    other?;
+                    lease.note_mapped(piece.index, true);
+                    return Ok(());
+                }
+            }
+        }
+        let source = owner.filter(|owner| *owner != id).map(|owner| Oid::data(owner, piece.index));
+        let creation = Creation { oid: object.oid, offset: object.offset, payload: object.data, source, durable: true };
+        volumes::create_under(&self.data, creation, lease.generation).await?;
+        inode::map_own(&self.data, object.oid, lease.generation).await?;
+        lease.note_mapped(piece.index, true);
+        Ok(())
     }
 
     /// Makes a range read as zeros, giving back the space of whole objects and, within objects, that of large runs.
@@ -381,29 +400,34 @@ impl VirtualDisk {
     }
 
     async fn zero_piece(&self, piece: Piece, durable: bool) -> Result<(), DiskError> {
-        let last_bytes = self.size_bytes - u64::from(piece.index) * self.object_bytes;
-        let is_whole = piece.offset == 0 && piece.length == self.object_bytes.min(last_bytes);
         for _ in 0..LOOKS_MAX {
-            let head = self.head()?;
-            if !head.is_own(piece.index) && inode::map_entry(&self.data, head.id, piece.index).await?.is_none() {
+            let id = self.id()?;
+            let is_own = self.is_own(id, piece.index);
+            if !is_own && inode::map_entry(&self.data, id, piece.index).await?.is_none() {
                 return Ok(());
             }
-            if !is_whole {
-                break;
+            // The volume may have grown since it was opened: then its last object is another's too.
+            let size_bytes = self.data.view().state.live_vdi(id).ok_or(DiskError::Gone)?.size_bytes;
+            let left = size_bytes.saturating_sub(u64::from(piece.index) * self.object_bytes);
+            if piece.offset > 0 || piece.length < self.object_bytes.min(left) {
+                return self.write_zeros(piece, durable).await;
             }
-            head.note_own(piece.index, false);
-            match inode::discard(&self.data, head.oid(piece.index), durable).await {
+            match inode::discard(&self.data, Oid::data(id, piece.index), durable, true).await {
                 Ok(()) => return Ok(()),
                 Err(InodeError::Write(WriteError::ReadOnly) | InodeError::ReadOnly) => self.data.settle_in().await,
                 Err(error) => return Err(error.into()),
             }
         }
+        Err(DiskError::Failed)
+    }
+
+    async fn write_zeros(&self, piece: Piece, durable: bool) -> Result<(), DiskError> {
         let mut at = 0;
         while at < piece.length {
-            let part =
-                Piece { offset: piece.offset + at, length: (piece.length - at).min(ZEROS.len() as u64), ..piece };
-            self.write_piece(part, Bytes::from_static(&ZEROS[..part.length as usize]), durable).await?;
-            at += part.length;
+            let length = (piece.length - at).min(ZEROS.len() as u64);
+            let part = Piece { offset: piece.offset + at, length, ..piece };
+            self.write_piece(part, Bytes::from_static(&ZEROS[..length as usize]), durable).await?;
+            at += length;
         }
         Ok(())
     }
@@ -416,7 +440,7 @@ impl VirtualDisk {
     /// Which parts of a range are allocated; the others read as zeros. Looks into `LOOKED_INTO_MAX` objects and stops
     /// there, perhaps before the end of the range, but not before it got somewhere.
     pub async fn allocated(&self, offset: u64, length: u64) -> Result<Vec<Extent>, DiskError> {
-        let id = self.head()?.id;
+        let id = self.id()?;
         let pieces: Vec<Piece> = self.pieces(offset, length)?.collect();
         let Some(first) = pieces.first() else { return Ok(Vec::new()) };
         let map = inode::map_range(&self.data, id, first.index, pieces.len()).await?;
@@ -433,21 +457,26 @@ impl VirtualDisk {
             }
             match read::extents(&self.data, Oid::data(owner, piece.index)).await {
                 Ok(content) => piece.cut(&content, &mut extents),
-                // Discarded meanwhile; a map that is ahead of its object does not exist (invariant 1).
-                Err(ReadFailure::Missing) => push(&mut extents, piece.length, false),
-                // Nobody can tell just now: it may hold anything.
+                // Nobody can tell just now, or the map has changed meanwhile: it may hold anything.
                 Err(_) => push(&mut extents, piece.length, true),
             }
         }
+        // Of a deleted VDI the map reads as empty.
+        self.data.view().state.live_vdi(id).ok_or(DiskError::Gone)?;
         Ok(extents)
     }
 
     /// Which parts of a range may differ from those of a snapshot, by object.
     pub async fn changed_since(&self, snapshot: VdiId, offset: u64, length: u64) -> Result<Vec<Extent>, DiskError> {
-        let id = self.head()?.id;
+        let id = self.id()?;
         self.extents(offset, length, async |first, count| {
             let now = inode::map_range(&self.data, id, first, count).await?;
             let then = inode::map_range(&self.data, snapshot, first, count).await?;
+            // Of a deleted VDI the map reads as empty.
+            let view = self.data.view();
+            if view.state.live_vdi(id).is_none() || view.state.live_vdi(snapshot).is_none() {
+                return Err(InodeError::Missing);
+            }
             Ok(now.into_iter().zip(then).map(|(now, then)| now != then).collect())
         })
         .await

@@ -7,9 +7,12 @@ use sheep_core::command::{Command, NewVdi, Outcome, Refusal};
 use sheep_core::vdi_name::Target;
 
 use super::Data;
-use super::gateway::write::{Base, ObjectWrite, write};
+use super::gateway::write::{Base, ObjectWrite, write, write_under};
 use super::gateway::{ReadFailure, WriteError, lease_table, read};
 use super::inode;
+
+/// Bytes of an object that are read at once to copy it.
+const PIECE_BYTES: u64 = 4 << 20;
 
 /// Why an operation on a volume was not done.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, thiserror::Error)]
@@ -113,6 +116,32 @@ pub struct Creation {
 /// request came twice, and only its bytes are written (protocol.md section 9.2, bug 2).
 pub async fn create_object(data: &Data, creation: Creation) -> Result<(), VolumeError> {
     let oid = creation.oid;
+    let is_data = oid.kind() == Some(ObjectKind::Data);
+    if is_data && inode::map_entry(data, oid.vid(), oid.index()).await? == Some(oid.vid()) {
+        let object = ObjectWrite {
+            oid,
+            offset: creation.offset,
+            data: creation.payload.clone(),
+            base: Base::Existing,
+            durable: creation.durable,
+        };
+        match write(data, object).await {
+            // Mapped but gone: nothing to preserve.
+            Err(WriteError::Missing) => {}
+            other => return Ok(other?),
+        }
+    }
+    Ok(write(data, whole_write(data, creation).await?).await?)
+}
+
+/// Creates an object under one lease generation only; see `write_under`.
+pub async fn create_under(data: &Data, creation: Creation, generation: u32) -> Result<(), VolumeError> {
+    Ok(write_under(data, &whole_write(data, creation).await?, generation).await?)
+}
+
+/// The write that makes an object.
+async fn whole_write(data: &Data, creation: Creation) -> Result<ObjectWrite, VolumeError> {
+    let oid = creation.oid;
     let mut object = ObjectWrite {
         oid,
         offset: creation.offset,
@@ -120,14 +149,6 @@ pub async fn create_object(data: &Data, creation: Creation) -> Result<(), Volume
         base: Base::Existing,
         durable: creation.durable,
     };
-    let is_data = oid.kind() == Some(ObjectKind::Data);
-    if is_data && inode::map_entry(data, oid.vid(), oid.index()).await? == Some(oid.vid()) {
-        match write(data, object.clone()).await {
-            // Mapped but gone: nothing to preserve.
-            Err(WriteError::Missing) => {}
-            other => return Ok(other?),
-        }
-    }
     let view = data.view();
     let object_bytes = view.locate(oid).ok_or(WriteError::Invalid)?.object_bytes;
     let covers_all = object.offset == 0 && object.data.len() as u64 == object_bytes;
@@ -145,7 +166,7 @@ pub async fn create_object(data: &Data, creation: Creation) -> Result<(), Volume
         }
         _ => Base::Zeros,
     };
-    Ok(write(data, object).await?)
+    Ok(object)
 }
 
 async fn read_whole(data: &Data, oid: Oid, object_bytes: u64) -> Result<Bytes, VolumeError> {
@@ -153,5 +174,11 @@ async fn read_whole(data: &Data, oid: Oid, object_bytes: u64) -> Result<Bytes, V
     if source_bytes != object_bytes {
         return Err(WriteError::Invalid.into());
     }
-    Ok(read::read(data, oid, 0, object_bytes as usize).await?)
+    // No message between nodes is as long as the largest objects.
+    let mut whole = BytesMut::with_capacity(object_bytes as usize);
+    while (whole.len() as u64) < object_bytes {
+        let length = (object_bytes - whole.len() as u64).min(PIECE_BYTES);
+        whole.extend_from_slice(&read::read(data, oid, whole.len() as u64, length as usize).await?);
+    }
+    Ok(whole.freeze())
 }

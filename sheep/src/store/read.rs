@@ -255,27 +255,47 @@ impl Store {
         Ok(hasher.finalize())
     }
 
-    /// The parts of an object that are not known to be zeros, as ascending byte ranges: what recovery has to send.
+    /// The parts of an object that are not known to be zeros, as ascending byte ranges.
     pub async fn content_extents(&self, oid: Oid) -> Result<Vec<std::ops::Range<u64>>, ReadError> {
-        loop {
-            let (entry, last) = {
-                let inner = self.shared.lock();
-                let entry = inner.entries.get(oid.raw()).ok_or(ReadError::Missing)?;
-                (entry, inner.overlay.get(&oid.raw()).and_then(|pending| pending.back()).map(|last| last.number))
-            };
-            if let Some(number) = last {
-                self.shared.wait_applied(number).await?;
-                continue;
-            }
-            let shared = self.shared.clone();
-            let (raw, disk, size) = (oid.raw(), entry.disk(), entry.size_bytes());
-            return disk::run(&self.shared.world.disk, move |files| {
-                let object = shared.handle(files, raw, disk, size).map_err(|error| io_error(raw, &error))?;
-                let object = object.ok_or(ReadError::Corrupt { block: None })?;
-                object.extents().map_err(|error| io_error(raw, &error))
-            })
-            .await;
+        let last =
+            |inner: &Inner| inner.overlay.get(&oid.raw()).and_then(|pending| pending.back()).map(|last| last.number);
+        // Once: what is written after that counts as content, so that a busy object does not keep anybody waiting.
+        let pending = last(&self.shared.lock());
+        if let Some(number) = pending {
+            self.shared.wait_applied(number).await?;
         }
+        let (entry, ranges) = {
+            let inner = self.shared.lock();
+            let entry = inner.entries.get(oid.raw()).ok_or(ReadError::Missing)?;
+            let pending = inner.overlay.get(&oid.raw()).into_iter().flatten();
+            let is_whole = |kind: Kind| kind.replaces() || kind == Kind::Remove;
+            let ranges: Vec<_> = pending
+                .map(|pending| {
+                    let end = pending.offset + pending.data.len() as u64;
+                    if is_whole(pending.kind) { 0..entry.size_bytes() } else { pending.offset..end }
+                })
+                .collect();
+            (entry, ranges)
+        };
+        let shared = self.shared.clone();
+        let (raw, disk, size) = (oid.raw(), entry.disk(), entry.size_bytes());
+        let found = disk::run(&self.shared.world.disk, move |files| {
+            let object = shared.handle(files, raw, disk, size).map_err(|error| io_error(raw, &error))?;
+            let object = object.ok_or(ReadError::Corrupt { block: None })?;
+            object.extents().map_err(|error| io_error(raw, &error))
+        });
+        let mut extents: Vec<std::ops::Range<u64>> = Vec::new();
+        // What is pending as a whole may have no file yet.
+        let mut found = if ranges.contains(&(0..size)) { Vec::new() } else { found.await? };
+        found.extend(ranges);
+        found.sort_by_key(|range| range.start);
+        for range in found {
+            match extents.last_mut().filter(|last| range.start <= last.end) {
+                Some(last) => last.end = last.end.max(range.end),
+                None => extents.push(range),
+            }
+        }
+        Ok(extents)
     }
 }
 

@@ -7,7 +7,7 @@
 //!    copy that counts.
 //! 3. `settled` is below every write that is not done.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -31,6 +31,8 @@ pub struct Lease {
     state: Mutex<LeaseState>,
     /// Told when a write ended.
     pub ended: Notify,
+    /// Data objects known to be in the VDI's map: nobody else can change that while this lease lasts.
+    mapped: Mutex<HashSet<u32>>,
 }
 
 /// What changes.
@@ -102,7 +104,26 @@ impl Lease {
                 mark_due: false,
             }),
             ended: Notify::new(),
+            mapped: Mutex::default(),
         })
+    }
+
+    fn mapped(&self) -> MutexGuard<'_, HashSet<u32>> {
+        self.mapped.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Whether a data object is known to be in the map as the VDI's own.
+    pub fn is_mapped(&self, index: u32) -> bool {
+        self.mapped().contains(&index)
+    }
+
+    /// Notes what was found, or done, under this lease.
+    pub fn note_mapped(&self, index: u32, is_mapped: bool) {
+        if is_mapped {
+            self.mapped().insert(index);
+        } else {
+            self.mapped().remove(&index);
+        }
     }
 
     /// Held only for moments, never across a wait.

@@ -83,6 +83,8 @@ pub async fn acquire(data: &Data, vdi: VdiId) -> Result<Arc<Lease>, WriteError> 
         let command = Command::AcquireLease { vdi, node: data.node() };
         match data.cluster().propose(command).await {
             Ok(Outcome::Lease(generation)) => {
+                // Whoever decides under the lease must see what was ordered before it: the VDI may be a snapshot by now.
+                data.await_applied(data.cluster().state().applied).await;
                 let lease = Lease::new(vdi, generation);
                 *current = Some(lease.clone());
                 data.leases().set_held(vdi, Some(lease.clone()));

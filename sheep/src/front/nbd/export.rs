@@ -2,7 +2,6 @@
 //! throw-away writable overlay of a snapshot. A working VDI whose own name has an `@` in it comes first.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 
 use sheep_core::cluster_state::ClusterState;
 use sheep_core::command::NewVdi;
@@ -50,12 +49,21 @@ fn overlay_prefix(data: &Data) -> String {
     format!(".overlay-{}-", data.node())
 }
 
-/// Deletes the overlays that an earlier process of this node left behind.
-pub async fn delete_left_overlays(data: &Data) {
+/// The overlays that an earlier process of this node left behind; asked before this one makes any.
+pub fn left_overlays(data: &Data) -> Vec<Vec<u8>> {
     let prefix = overlay_prefix(data);
     let view = data.view();
-    for vdi in view.state.vdis.values().filter(|vdi| !vdi.deleted && vdi.name.starts_with(prefix.as_bytes())) {
-        delete_overlay(data, &vdi.name).await;
+    let left = view.state.vdis.values().filter(|vdi| !vdi.deleted && vdi.name.starts_with(prefix.as_bytes()));
+    left.map(|vdi| vdi.name.clone()).collect()
+}
+
+/// Deletes them as soon as the cluster serves.
+pub async fn delete_overlays(data: Data, names: Vec<Vec<u8>>) {
+    let mut states = data.cluster().watch();
+    // The driver lives as long as the node.
+    let _ = states.wait_for(|state| state.is_running()).await;
+    for name in names {
+        delete_overlay(&data, &name).await;
     }
 }
 
@@ -82,8 +90,8 @@ pub async fn open(data: &Data, name: &[u8]) -> Result<Arc<Export>, VolumeError> 
     }
     let Some(tag) = tag.strip_suffix(b"+") else { return Ok(export(working?, None)) };
     let base = volumes::lookup(data, volume, target_of(&state, volume, tag)).await?.id;
-    static COUNT: AtomicU64 = AtomicU64::new(0);
-    let clone = format!("{}{}", overlay_prefix(data), COUNT.fetch_add(1, Ordering::Relaxed));
+    // Random: what an earlier process left behind has other names.
+    let clone = format!("{}{:016x}", overlay_prefix(data), data.world().rng.next_u64());
     let size_bytes = data.view().state.vdis.get(&base.get()).map_or(0, |vdi| vdi.size_bytes);
     let request = NewVdi {
         name: clone.clone().into_bytes(),

@@ -68,7 +68,7 @@ pub async fn serve(session: Session, mut reader: FrameReader, sender: FrameSende
         let Ok(permit) = room.clone().acquire_many_owned(cost as u32).await else { return Ok(()) };
         let payload = if carries_payload { reader.payload(command.length as usize).await? } else { Bytes::new() };
         while sender.queued_bytes() > UNDER_WAY_BYTES_MAX {
-            tokio::task::yield_now().await;
+            session.export.disk.pause().await;
             if sender.is_closed() {
                 return Ok(());
             }

@@ -59,8 +59,11 @@ pub async fn write(front: &Front, body: &ObjectRequest, request: &Request, paylo
     }
     match body.oid.kind() {
         Some(ObjectKind::Inode) => {
-            let writer =
-                InodeWriter { qemu_synchronous: request.proto_ver == 0 && request.id == 0, durable: durable(request) };
+            let writer = InodeWriter {
+                qemu_synchronous: request.proto_ver == 0 && request.id == 0,
+                durable: durable(request),
+                strict: false,
+            };
             let written = inode::write_inode(&front.data, body.oid.vid(), body.offset, &payload, writer).await;
             written.map_err(|error| of_inode(&error))?;
         }
@@ -109,7 +112,7 @@ pub async fn discard(front: &Front, body: &ObjectRequest, request: &Request) -> 
     if body.oid.kind() != Some(ObjectKind::Data) {
         return Err(Status::InvalidParms);
     }
-    inode::discard(&front.data, body.oid, durable(request)).await.map_err(|error| of_inode(&error))?;
+    inode::discard(&front.data, body.oid, durable(request), false).await.map_err(|error| of_inode(&error))?;
     Ok(Reply::done())
 }
 
