@@ -212,6 +212,87 @@ fn snapshots_are_exports_and_overlays_vanish() -> Result<()> {
     cluster.finish()
 }
 
+/// First writes to the same objects from two connections through two sheep, each to sectors of its own, while snapshots are
+/// taken and a third connection trims other objects: creation, copy-on-write and the map must not lose any of it.
+#[test]
+fn first_writes_through_two_sheep_do_not_wipe_each_other() -> Result<()> {
+    const OBJECTS: u64 = 24;
+    const OBJECT_BYTES: u64 = 4 << 20;
+    let cluster = three_with_disk("160M")?;
+    for round in 0..3_u8 {
+        std::thread::scope(|scope| -> Result<()> {
+            let writers: Vec<_> = [0, 1]
+                .map(|index| {
+                    let socket = socket(&cluster, index);
+                    scope.spawn(move || -> Result<()> {
+                        let mut client = NbdClient::open(&socket, "disk", Style::Structured, &[])?;
+                        for object in 0..OBJECTS {
+                            let at = object * OBJECT_BYTES + u64::from(round) * 65536 + index as u64 * 4096;
+                            client.write(at, &[1 + round * 2 + index as u8; 4096], 0)?;
+                        }
+                        Ok(())
+                    })
+                })
+                .into_iter()
+                .collect();
+            let trimmer = scope.spawn(|| -> Result<()> {
+                let mut client = NbdClient::open(&socket(&cluster, 0), "disk", Style::Structured, &[])?;
+                for object in OBJECTS..OBJECTS + 8 {
+                    // A trim and a write to the same object under way together: either may win, the object must live on.
+                    client.send(nbd::TRIM, 0, object * OBJECT_BYTES, OBJECT_BYTES, &[])?;
+                    client.send(nbd::WRITE, 0, object * OBJECT_BYTES, 4096, &[9; 4096])?;
+                    ensure!(client.receive()?.error == 0 && client.receive()?.error == 0);
+                    client.write(object * OBJECT_BYTES + 8192, &[7; 4096], 0)?;
+                    ensure!(client.read(object * OBJECT_BYTES + 8192, 4096)? == [7; 4096]);
+                }
+                Ok(())
+            });
+            for number in 0..3 {
+                cluster.dog(&["vdi", "snapshot", "-s", &format!("s{round}-{number}"), "disk"])?.ok()?;
+            }
+            for thread in writers.into_iter().chain([trimmer]) {
+                match thread.join() {
+                    Ok(result) => result?,
+                    Err(panic) => std::panic::resume_unwind(panic),
+                }
+            }
+            Ok(())
+        })?;
+        let mut reader = NbdClient::open(&socket(&cluster, 2), "disk", Style::Structured, &[])?;
+        for object in 0..OBJECTS {
+            for (earlier, index) in (0..=round).flat_map(|earlier| [(earlier, 0), (earlier, 1)]) {
+                let at = object * OBJECT_BYTES + u64::from(earlier) * 65536 + u64::from(index) * 4096;
+                let seen = reader.read(at, 4096)?;
+                ensure!(
+                    seen == [1 + earlier * 2 + index; 4096],
+                    "round {round}: object {object} lost a write of {earlier}/{index}"
+                );
+            }
+        }
+    }
+    cluster.dog(&["vdi", "check", "disk"])?.ok()?;
+    cluster.finish()
+}
+
+#[test]
+fn an_old_connection_does_no_harm() -> Result<()> {
+    let cluster = three_with_disk("6M")?;
+    let mut old = NbdClient::open(&socket(&cluster, 0), "disk", Style::Structured, &[])?;
+    old.write(4 << 20, &[1; 4096], 0)?;
+    cluster.dog(&["vdi", "resize", "disk", "8M"])?.ok()?;
+    let mut new = NbdClient::open(&socket(&cluster, 1), "disk", Style::Structured, &[])?;
+    new.write(7 << 20, &[2; 4096], 1)?;
+    // All that the old connection knows of the last object.
+    old.must(nbd::TRIM, 0, 4 << 20, 2 << 20, &[])?;
+    ensure!(new.read(4 << 20, 4096)? == [0; 4096] && new.read(7 << 20, 4096)? == [2; 4096]);
+    // Another volume of the same name is not its business.
+    cluster.dog(&["vdi", "delete", "disk"])?.ok()?;
+    cluster.dog(&["vdi", "create", "disk", "8M"])?.ok()?;
+    ensure!(old.call(nbd::WRITE, 0, 0, 4096, &[3; 4096])?.error == 5, "wrote to a volume that it never opened");
+    ensure!(NbdClient::open(&socket(&cluster, 0), "disk", Style::Structured, &[])?.read(0, 4096)? == [0; 4096]);
+    cluster.finish()
+}
+
 /// Backup tools ask what changed since the snapshot of the last backup and copy only that.
 #[test]
 fn incremental_backups_reproduce_the_volume() -> Result<()> {

@@ -204,8 +204,6 @@ async fn write_header(data: &Data, id: VdiId, offset: u64, part: &[u8]) -> Resul
 }
 
 async fn write_map(data: &Data, id: VdiId, offset: u64, payload: Bytes, writer: InodeWriter) -> Result<(), InodeError> {
-    let turn = data.inode_turns().turn(Oid::inode(id));
-    let _one_at_a_time = turn.lock().await;
     let clears = payload.iter().all(|byte| *byte == 0);
     if clears && writer.qemu_synchronous && payload.len() > MAP_ENTRY_BYTES && find(data, id).is_ok() {
         // QEMU clears the working VDI's map when it means to delete a snapshot (protocol.md section 9.2, bug 1).
@@ -216,7 +214,11 @@ async fn write_map(data: &Data, id: VdiId, offset: u64, payload: Bytes, writer: 
     loop {
         refuse_snapshot(data, id, clears && !writer.strict)?;
         // What is read here must still hold when it is written: both under one lease.
-        let lease = lease_table::acquire(data, id).await?;
+        let hold = lease_table::hold(data, id).await?;
+        let lease = &hold.lease;
+        // After the lease, as creators of objects do: whoever has the turn is not waiting for a lease that somebody keeps here.
+        let turn = data.inode_turns().turn(Oid::inode(id));
+        let _one_at_a_time = turn.lock().await;
         // A snapshot may have been made while the lease was waited for.
         let vdi = refuse_snapshot(data, id, clears && !writer.strict)?;
         if vdi.is_snapshot() {

@@ -353,7 +353,8 @@ impl VirtualDisk {
 
     /// Writes into an object, making it and naming it in the map if need be: invariants 1 and 3.
     async fn write_under_lease(&self, id: VdiId, piece: Piece, object: ObjectWrite) -> Result<(), Again> {
-        let lease = lease_table::acquire(&self.data, id).await?;
+        let hold = lease_table::hold(&self.data, id).await?;
+        let lease = &hold.lease;
         if self.id()? != id {
             return Err(Again::Yes);
         }

@@ -49,6 +49,10 @@ pub struct LeaseState {
     pub links: HashMap<NodeId, u64>,
     /// No new write may begin: the lease is being given back, or was lost.
     pub closed: bool,
+    /// No new hold may begin: the lease is about to be given back.
+    pub closing: bool,
+    /// Pieces of work of several writes that must be done under one generation; see [`Lease::hold`].
+    pub holds: usize,
     /// The lease was lost with writes under way: nothing may be called settled any more.
     pub lost: bool,
     /// Whether the holders have yet to hear the last settled sequence.
@@ -100,6 +104,8 @@ impl Lease {
                 by_object: HashMap::new(),
                 links: HashMap::new(),
                 closed: false,
+                closing: false,
+                holds: 0,
                 lost: false,
                 mark_due: false,
             }),
@@ -131,19 +137,31 @@ impl Lease {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Refuses new writes and waits until none is under way.
+    /// Lets the holds end, refuses new writes and waits until none is under way.
     pub async fn drain(&self) {
         loop {
             let ended = self.ended.notified();
             {
                 let mut state = self.state();
-                state.closed = true;
-                if state.under_way.is_empty() {
+                state.closing = true;
+                state.closed |= state.holds == 0;
+                if state.closed && state.under_way.is_empty() {
                     return;
                 }
             }
             ended.await;
         }
+    }
+
+    /// Keeps the lease here, as long as the guard lives, for work of several writes that must be done under one generation:
+    /// otherwise two gateways could take it from each other in the middle for ever. `None` if it is being given back.
+    pub fn hold(self: &Arc<Lease>) -> Option<Hold> {
+        let mut state = self.state();
+        if state.closed || state.closing {
+            return None;
+        }
+        state.holds += 1;
+        Some(Hold { lease: self.clone() })
     }
 
     /// Waits until no write under way touches a range of an object.
@@ -155,6 +173,19 @@ impl Lease {
             }
             ended.await;
         }
+    }
+}
+
+/// See [`Lease::hold`].
+pub struct Hold {
+    /// The lease that is kept.
+    pub lease: Arc<Lease>,
+}
+
+impl Drop for Hold {
+    fn drop(&mut self) {
+        self.lease.state().holds -= 1;
+        self.lease.ended.notify_waiters();
     }
 }
 

@@ -12,13 +12,16 @@ use tokio::sync::Mutex;
 
 use super::WriteError;
 use super::fanout;
-use super::lease::Lease;
+use super::lease::{Hold, Lease};
 use crate::data::Data;
 
 /// How long a request to yield may wait for a connection.
 const PATIENCE: Duration = Duration::from_secs(2);
 /// Between attempts to get a lease that another gateway does not let go of.
 const RETRY_INTERVAL: Duration = Duration::from_millis(20);
+
+/// Between attempts to hold a lease that is about to be given back.
+const HOLD_INTERVAL: Duration = Duration::from_millis(1);
 
 /// One entry per VDI that was ever written through this gateway; its lock is held while the lease changes hands.
 type Slot = Arc<Mutex<Option<Arc<Lease>>>>;
@@ -105,6 +108,18 @@ pub async fn acquire(data: &Data, vdi: VdiId) -> Result<Arc<Lease>, WriteError> 
                 return Err(WriteError::Order);
             }
         }
+    }
+}
+
+/// As `acquire`, and keeps the lease here while the guard lives. For work that ends by itself: whoever else wants the lease
+/// waits for it.
+pub async fn hold(data: &Data, vdi: VdiId) -> Result<Hold, WriteError> {
+    loop {
+        if let Some(hold) = acquire(data, vdi).await?.hold() {
+            return Ok(hold);
+        }
+        // It is being given back; `acquire` waits once that is under way.
+        data.world().clock.sleep(HOLD_INTERVAL).await;
     }
 }
 
