@@ -261,7 +261,7 @@ impl VirtualDisk {
         let mut pieces = self.pieces(offset, length)?;
         let (Some(first), second) = (pieces.next(), pieces.next()) else { return Ok(Vec::new()) };
         let Some(second) = second else { return Ok(vec![self.read_piece(first).await?]) };
-        // Two at a time: while one is sent to the client the next one is read.
+        // Two at a time, so that the ways to two objects' holders overlap.
         let mut parts = Vec::new();
         let mut pair = (Some(first), Some(second));
         while let (Some(one), other) = pair {
@@ -348,6 +348,11 @@ impl VirtualDisk {
                 Err(Again::No(error)) => return Err(error),
             }
         }
+        let name = self.shown_name();
+        tracing::warn!(
+            "gave up a write to object {} of volume {name}: it changed {LOOKS_MAX} times meanwhile",
+            piece.index
+        );
         Err(DiskError::Failed)
     }
 
