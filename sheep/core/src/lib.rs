@@ -8,6 +8,7 @@ extern crate alloc;
 #[cfg(test)]
 extern crate std;
 
+pub mod admission;
 pub mod cluster_state;
 pub mod command;
 pub mod copy_policy;
