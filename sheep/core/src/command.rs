@@ -95,12 +95,12 @@ pub struct VdiEdit {
 }
 
 /// What a command did.
-#[derive(Clone, PartialEq, Eq, Debug)]
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub enum Outcome {
     /// Done, nothing to tell.
     Done,
     /// The VDI that was made or deleted.
-    Vdi(VdiId),
+    Vdi(#[serde(with = "ids::vdi_id")] VdiId),
     /// The generation of the lease that was granted.
     Lease(u32),
     /// Nothing was changed.
@@ -108,7 +108,7 @@ pub enum Outcome {
 }
 
 /// Why a command changed nothing.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub enum Refusal {
     /// The cluster was never formatted.
     NotFormatted,

@@ -38,6 +38,17 @@ pub enum OrderError {
         /// The one that was found.
         theirs: u64,
     },
+    /// The place where the order is kept holds something else than was written there.
+    #[error(
+        "{place} is damaged: {reason}; this node must not go on with it. If the cluster has other voters, start this one \
+         with an empty store directory"
+    )]
+    Damaged {
+        /// Where.
+        place: String,
+        /// What is wrong with it.
+        reason: String,
+    },
     /// The order holds something that this version does not understand.
     #[error("{place} holds a record this version cannot read: {reason}; run the same version on every node")]
     Unreadable {

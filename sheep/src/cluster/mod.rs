@@ -3,6 +3,7 @@
 //! A driver puts commands into one order and applies them to its copy of the [`ClusterState`]; everybody else on this
 //! node sees that copy through [`Cluster::state`]. What a driver promises is in [`driver::Driver`].
 
+pub mod consensus;
 pub mod driver;
 pub mod local;
 mod order_log;
