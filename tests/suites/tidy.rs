@@ -23,7 +23,7 @@ const ASSEMBLY: &[&str] = &["main", "lib", "node", "config", "logging"];
 /// What a package may depend on. `*` stands for any foreign package.
 const PACKAGES: &[(&str, &[&str])] = &[
     ("qemu-proto", &[]),
-    ("sheep/core", &["qemu-proto", "postcard", "serde", "xxhash-rust"]),
+    ("sheep/core", &["qemu-proto", "blake3", "postcard", "serde", "xxhash-rust"]),
     ("sheep", &["qemu-proto", "sheep-core", "*"]),
     ("dog", &["qemu-proto", "sheep-core", "*"]),
     ("sheepfs", &["qemu-proto", "sheep-core", "*"]),

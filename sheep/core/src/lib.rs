@@ -16,6 +16,7 @@ pub mod disk_ring;
 pub mod history;
 pub mod ids;
 pub mod member;
+pub mod node_handshake;
 pub mod peer_message;
 pub mod placement;
 pub mod ring;
