@@ -6,6 +6,7 @@
 pub mod consensus;
 pub mod driver;
 pub mod local;
+pub mod mesh;
 mod order_log;
 
 use std::sync::Arc;

@@ -25,6 +25,8 @@ pub enum OpenMode {
     Create,
     /// Created if missing, emptied if present; reading and writing.
     Truncate,
+    /// Like `Truncate`, but a file that is created can be read by its owner only (mode 0600): for secrets.
+    Private,
     /// Like `Create`, with the page cache bypassed where the file system can: offsets, lengths and memory of every
     /// transfer must then be multiples of 4,096.
     Direct,

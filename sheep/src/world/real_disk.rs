@@ -14,6 +14,8 @@ use super::disk::{DirEntry, Disk, File, FileLock, Files, Job, OpenMode, Space};
 
 /// Files of a store are for its owner and group only (cli.md: directories 0750, files 0640).
 const FILE_MODE: u32 = 0o640;
+/// Of files that hold secrets.
+const PRIVATE_FILE_MODE: u32 = 0o600;
 const DIR_MODE: u32 = 0o750;
 
 /// Bytes moved per copy_file_range(2) call or buffer: large enough that the call does not show, small enough that a
@@ -95,6 +97,9 @@ impl Files for RealFiles {
             }
             OpenMode::Truncate => {
                 options.create(true).truncate(true);
+            }
+            OpenMode::Private => {
+                options.create(true).truncate(true).mode(PRIVATE_FILE_MODE);
             }
         }
         if mode == OpenMode::Direct {

@@ -542,7 +542,7 @@ impl SimFiles {
 impl Files for SimFiles {
     fn open(&self, path: &Path, mode: OpenMode) -> io::Result<Arc<dyn File>> {
         let mut state = self.looking(path)?;
-        let creates = matches!(mode, OpenMode::Create | OpenMode::Truncate | OpenMode::Direct);
+        let creates = !matches!(mode, OpenMode::Read | OpenMode::Write);
         let inode = match state.inode_of(path) {
             Ok(inode) => inode,
             Err(error) if error.kind() == io::ErrorKind::NotFound && creates => {
@@ -563,7 +563,7 @@ impl Files for SimFiles {
         if mode != OpenMode::Read && state.is_read_only {
             return Err(io::ErrorKind::ReadOnlyFilesystem.into());
         }
-        if mode == OpenMode::Truncate && state.inodes[&inode].length > 0 {
+        if matches!(mode, OpenMode::Truncate | OpenMode::Private) && state.inodes[&inode].length > 0 {
             let cut_now = state.begin(self.generation, &path.display().to_string(), Operation::Write)?;
             if let Some(inode) = state.inodes.get_mut(&inode) {
                 inode.set_length(0);
