@@ -9,6 +9,7 @@ pub mod disk;
 pub mod frames;
 pub mod net;
 pub mod real_disk;
+mod real_mdns;
 pub mod real_net;
 pub mod rng;
 

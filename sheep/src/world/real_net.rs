@@ -1,13 +1,14 @@
-//! Connections over the machine's TCP and unix sockets.
+//! Connections and datagrams over the machine's TCP, unix and UDP sockets.
 
 use std::io;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 
 use rustix::net::{AddressFamily, SocketType, ipproto, sockopt};
-use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
+use tokio::net::{TcpListener, TcpStream, UdpSocket, UnixListener, UnixStream};
 
-use super::net::{Connection, Endpoint, Listener, Net, NetFuture};
+use super::net::{Announcement, Connection, Datagram, Endpoint, Listener, Neighbours, Net, NetFuture};
+use super::real_mdns::RealNeighbours;
 
 /// Connections that wait for `accept`: as many as the kernel allows (listen(2) cuts it to net.core.somaxconn).
 const BACKLOG: i32 = 4096;
@@ -23,6 +24,11 @@ struct RealTcpListener {
 struct RealUnixListener {
     listener: UnixListener,
     path: PathBuf,
+}
+
+struct RealDatagram {
+    socket: UdpSocket,
+    local: SocketAddr,
 }
 
 impl Net for RealNet {
@@ -58,6 +64,56 @@ impl Net for RealNet {
             }
         })
     }
+
+    fn bind_datagram(&self, address: SocketAddr) -> NetFuture<'_, Box<dyn Datagram>> {
+        Box::pin(async move {
+            let socket = bind_udp(address)?;
+            let local = socket.local_addr()?;
+            Ok(Box::new(RealDatagram { socket, local }) as Box<dyn Datagram>)
+        })
+    }
+
+    fn local_addresses(&self) -> io::Result<Vec<IpAddr>> {
+        let interfaces = if_addrs::get_if_addrs()?;
+        let usable = interfaces.iter().filter(|interface| interface.is_oper_up() && !interface.is_loopback());
+        let mut addresses: Vec<IpAddr> = usable.map(if_addrs::Interface::ip).filter(is_reachable_by_itself).collect();
+        addresses.sort_unstable();
+        addresses.dedup();
+        Ok(addresses)
+    }
+
+    fn resolve(&self, name: &str, port: u16) -> NetFuture<'_, Vec<SocketAddr>> {
+        let name = name.to_string();
+        Box::pin(async move { Ok(tokio::net::lookup_host((name, port)).await?.collect()) })
+    }
+
+    fn neighbours(&self, announcement: &Announcement) -> io::Result<Box<dyn Neighbours>> {
+        Ok(Box::new(RealNeighbours::start(announcement)?))
+    }
+}
+
+/// Whether an address says where to go without an interface's name beside it.
+pub(super) fn is_reachable_by_itself(address: &IpAddr) -> bool {
+    match address {
+        IpAddr::V4(_) => true,
+        IpAddr::V6(address) => !address.is_unicast_link_local(),
+    }
+}
+
+/// A UDP socket that, on IPv6, leaves IPv4 alone.
+fn bind_udp(address: SocketAddr) -> io::Result<UdpSocket> {
+    let family = if address.is_ipv4() { AddressFamily::INET } else { AddressFamily::INET6 };
+    let socket = rustix::net::socket_with(
+        family,
+        SocketType::DGRAM,
+        rustix::net::SocketFlags::CLOEXEC | rustix::net::SocketFlags::NONBLOCK,
+        Some(ipproto::UDP),
+    )?;
+    if address.is_ipv6() {
+        sockopt::set_ipv6_v6only(&socket, true)?;
+    }
+    rustix::net::bind(&socket, &address)?;
+    UdpSocket::from_std(std::net::UdpSocket::from(socket))
 }
 
 /// A TCP listener that restarts at once on the port it had before (SO_REUSEADDR) and, on IPv6, leaves IPv4 alone.
@@ -114,5 +170,22 @@ impl Listener for RealUnixListener {
 
     fn local(&self) -> Endpoint {
         Endpoint::Unix(self.path.clone())
+    }
+}
+
+impl Datagram for RealDatagram {
+    fn send_to<'a>(&'a self, bytes: &'a [u8], to: SocketAddr) -> NetFuture<'a, ()> {
+        Box::pin(async move {
+            self.socket.send_to(bytes, to).await?;
+            Ok(())
+        })
+    }
+
+    fn recv_from<'a>(&'a self, buffer: &'a mut [u8]) -> NetFuture<'a, (usize, SocketAddr)> {
+        Box::pin(self.socket.recv_from(buffer))
+    }
+
+    fn local(&self) -> SocketAddr {
+        self.local
     }
 }

@@ -1,5 +1,8 @@
 //! Randomness. The real source is the kernel's; the simulator's comes from its one seed.
 
+use rand::SeedableRng;
+pub use rand::rngs::SmallRng;
+
 /// The randomness door.
 pub trait Rng: Send + Sync + 'static {
     /// 64 random bits. Real ones are fit for identities (node ids, cluster ids).
@@ -16,4 +19,10 @@ impl Rng for OsRng {
         while rustix::rand::getrandom(&mut bytes, rustix::rand::GetRandomFlags::empty()) != Ok(bytes.len()) {}
         u64::from_le_bytes(bytes)
     }
+}
+
+/// A generator of its own for libraries that want one: seeded once from `rng`, then without system calls. Anybody who
+/// sees enough of its output can foretell the rest: for choices, not for secrets.
+pub fn small(rng: &dyn Rng) -> SmallRng {
+    SmallRng::seed_from_u64(rng.next_u64())
 }
