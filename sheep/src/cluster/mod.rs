@@ -4,7 +4,9 @@
 //! node sees that copy through [`Cluster::state`]. What a driver promises is in [`driver::Driver`].
 
 pub mod consensus;
+pub mod discovery;
 pub mod driver;
+pub mod gossip;
 pub mod local;
 pub mod mesh;
 mod order_log;
