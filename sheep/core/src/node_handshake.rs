@@ -267,7 +267,7 @@ impl fmt::Display for Rejection {
             Rejection::OldKey { ours, theirs } => write!(
                 f,
                 "the cluster key was replaced (generation {ours} here, {theirs} there); \
-                 copy the current key file, or admit the node with 'dog node admit'"
+                 copy the current key file, or start the node without one and admit it"
             ),
             Rejection::Replaced => f.write_str(
                 "the node id is known with another certificate; \
