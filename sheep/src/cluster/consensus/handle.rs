@@ -37,7 +37,7 @@ const CANDIDACY: Duration = Duration::from_millis(40);
 /// How long `elect_now` goes on.
 const ELECTION_PATIENCE: Duration = Duration::from_secs(1);
 
-/// This node's part in the order. Clones are the same part.
+/// This node's part in the order. Clones are the same part. It goes on until `shutdown`.
 #[derive(Clone)]
 pub struct Consensus {
     node: NodeId,
@@ -113,7 +113,7 @@ impl Consensus {
                         Ok(()) if changed.is_ok() => {}
                         _ if self.stopping.load(Ordering::SeqCst) => return,
                         running => {
-                            let reason = running.err().map_or_else(String::new, |error| error.to_string());
+                            let reason = running.err().map_or_else(|| "its task ended".to_owned(), |error| error.to_string());
                             give_up(&OrderError::Unreadable { place: "the log".to_owned(), reason });
                         }
                     }
@@ -151,8 +151,6 @@ impl Consensus {
         if bytes > ENTRY_BYTES_MAX {
             return Err(ProposeError::TooLarge { bytes });
         }
-        // One that is known to be settled or answered needs no place of its own, but it must be answered by the leader: so it
-        // goes the same way.
         let written = self.within(patience, self.raft.client_write(entry)).await.ok_or(ProposeError::TimedOut)?;
         let written = written.map_err(why_not_written)?;
         let index = written.log_id.index;
@@ -160,6 +158,11 @@ impl Consensus {
             Answer::Outcome(outcome) => Ok(Proposed { index, outcome }),
             Answer::Stale | Answer::Nothing => Err(ProposeError::Stale),
         }
+    }
+
+    /// Who this node is.
+    pub fn node(&self) -> NodeId {
+        self.node
     }
 
     /// Answers a message of another voter's `Carrier`.

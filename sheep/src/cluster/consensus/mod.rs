@@ -17,7 +17,7 @@ pub mod log_file;
 mod log_store;
 pub mod machine;
 mod network;
-mod snapshots;
+pub mod snapshots;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::future::Future;
@@ -175,3 +175,6 @@ pub struct Status {
     /// At the leader: up to where each node has the log.
     pub matched: BTreeMap<NodeId, Option<u64>>,
 }
+
+#[cfg(test)]
+mod tests;
