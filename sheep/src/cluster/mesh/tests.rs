@@ -168,8 +168,8 @@ mod on_loopback {
         World::real(1).unwrap()
     }
 
-    fn key(generation: u32, byte: u8) -> Option<ClusterKey> {
-        Some(ClusterKey { generation, secret: [byte; 32] })
+    fn key(generation: u32, byte: u8) -> ClusterKey {
+        ClusterKey { generation, secret: [byte; 32] }
     }
 
     fn in_cluster(key: Option<ClusterKey>) -> Rules {
@@ -222,7 +222,8 @@ mod on_loopback {
 
     #[tokio::test]
     async fn a_keyholder_passes() {
-        let (a, b) = (Node::start(1, in_cluster(key(1, 7))).await, Node::start(2, in_cluster(key(1, 7))).await);
+        let (a, b) =
+            (Node::start(1, in_cluster(Some(key(1, 7)))).await, Node::start(2, in_cluster(Some(key(1, 7)))).await);
         assert_eq!(a.mesh.contact(b.address).await.unwrap().standing, Standing::Keyholder);
         let (_, who) = a.mesh.call_at(b.address, b"who".to_vec(), SOON).await.unwrap();
         assert_eq!(who, "0000000000000001 Keyholder");
@@ -234,7 +235,8 @@ mod on_loopback {
 
     #[tokio::test]
     async fn a_stranger_asks_and_gets_nothing_else() {
-        let (mut a, mut b) = (Node::start(1, Rules::default()).await, Node::start(2, in_cluster(key(1, 7))).await);
+        let (mut a, mut b) =
+            (Node::start(1, Rules::default()).await, Node::start(2, in_cluster(Some(key(1, 7)))).await);
         a.mesh.know(b.id, vec![b.address]);
         assert_eq!(a.up().await.standing, Standing::Stranger);
         assert_eq!(a.ask(&b, b"who").await.unwrap(), "0000000000000001 Stranger");
@@ -247,12 +249,13 @@ mod on_loopback {
 
     #[tokio::test]
     async fn who_may_not_come_in_hears_why_and_so_does_the_other() {
-        let (mut a, mut b) = (Node::start(1, in_cluster(key(2, 7))).await, Node::start(2, in_cluster(key(2, 8))).await);
+        let (mut a, mut b) =
+            (Node::start(1, in_cluster(Some(key(2, 7)))).await, Node::start(2, in_cluster(Some(key(2, 8)))).await);
         refused(&mut a, &mut b, Rejection::WrongKey).await;
-        b.set(|rules| rules.key = key(3, 8));
+        b.set(|rules| rules.key = Some(key(3, 8)));
         refused(&mut a, &mut b, Rejection::OldKey { ours: 2, theirs: 3 }).await;
         // the listener's key is the older one: its own judgement is that of a stranger, the dialer says no
-        b.set(|rules| rules.key = key(1, 8));
+        b.set(|rules| rules.key = Some(key(1, 8)));
         refused(&mut a, &mut b, Rejection::OldKey { ours: 2, theirs: 1 }).await;
         b.set(|rules| rules.cluster = Some(9));
         refused(&mut a, &mut b, Rejection::OtherCluster { ours: 1, theirs: 9 }).await;
@@ -266,7 +269,7 @@ mod on_loopback {
         let (mut c, mut d) = (Node::start(3, Rules::default()).await, Node::start(3, Rules::default()).await);
         refused(&mut c, &mut d, Rejection::SameNode).await;
         // the dialer judges as well
-        a.set(|rules| rules.key = key(1, 8));
+        a.set(|rules| rules.key = Some(key(1, 8)));
         a.set(|rules| rules.banned.extend([b.identity.fingerprint()]));
         refused(&mut a, &mut b, Rejection::Banned).await;
     }
@@ -274,8 +277,8 @@ mod on_loopback {
     #[tokio::test]
     async fn a_member_that_was_away_while_the_key_was_replaced_is_known_by_its_certificate() {
         let (a, b) = members().await;
-        a.set(|rules| rules.key = key(1, 1));
-        b.set(|rules| rules.key = key(2, 2));
+        a.set(|rules| rules.key = Some(key(1, 1)));
+        b.set(|rules| rules.key = Some(key(2, 2)));
         assert_eq!(a.mesh.contact(b.address).await.unwrap().standing, Standing::Member);
         assert_eq!(b.mesh.contact(a.address).await.unwrap().standing, Standing::Member);
     }
@@ -377,7 +380,8 @@ mod on_loopback {
 
     #[tokio::test]
     async fn a_man_in_the_middle_cannot_pass_a_proof_or_a_pin_on() {
-        let (a, mut b) = (Node::start(1, in_cluster(key(1, 7))).await, Node::start(2, in_cluster(key(1, 7))).await);
+        let (a, mut b) =
+            (Node::start(1, in_cluster(Some(key(1, 7)))).await, Node::start(2, in_cluster(Some(key(1, 7)))).await);
         let middle = man_in_the_middle(b.address).await;
         let error = a.mesh.contact(middle).await.unwrap_err();
         assert!(matches!(error, ContactError::Rejected(Rejection::WrongKey)), "{error}");
@@ -510,13 +514,13 @@ mod on_loopback {
 
     #[tokio::test]
     async fn a_client_needs_the_key_and_nothing_else() {
-        let mut b = Node::start(2, in_cluster(key(1, 7))).await;
+        let mut b = Node::start(2, in_cluster(Some(key(1, 7)))).await;
         let mut clients = b.mesh.client_connections();
         let tls = Tls::anonymous();
         for (proves, expected) in [
-            (key(1, 7), None),
-            (key(1, 8), Some(Rejection::WrongKey)),
-            (key(0, 7), Some(Rejection::OldKey { ours: 0, theirs: 1 })),
+            (Some(key(1, 7)), None),
+            (Some(key(1, 8)), Some(Rejection::WrongKey)),
+            (Some(key(0, 7)), Some(Rejection::OldKey { ours: 0, theirs: 1 })),
             (None, Some(Rejection::NotAdmitted)),
         ] {
             let (mut connection, session) = raw(&tls, b.address).await;
@@ -533,10 +537,10 @@ mod on_loopback {
                     let mut asked = [0; 3];
                     client.reader.read_exact(&mut asked).await.unwrap();
                     // with the key replaced it is cut
-                    b.set(|rules| rules.key = key(2, 9));
+                    b.set(|rules| rules.key = Some(key(2, 9)));
                     b.mesh.reconsider();
                     assert!(client.reader.read_exact(&mut asked).await.is_err());
-                    b.set(|rules| rules.key = key(1, 7));
+                    b.set(|rules| rules.key = Some(key(1, 7)));
                 }
                 (Message::Rejected(rejection), Some(expected)) => {
                     assert_eq!(rejection, expected);
