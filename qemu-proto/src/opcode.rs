@@ -145,6 +145,8 @@ opcodes! {
     CheckObject = 0xE0 "CHECK_OBJECT",
     /// Ours: what the cluster does and waits for, as JSON text.
     ClusterReport = 0xE1 "CLUSTER_REPORT",
+    /// Ours: asks the cluster driver for something, as JSON text: admissions, keys.
+    ClusterAdmin = 0xE2 "CLUSTER_ADMIN",
 }
 
 impl Opcode {

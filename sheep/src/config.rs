@@ -9,6 +9,8 @@ use std::path::PathBuf;
 use clap::{Arg, ArgAction, Command};
 use sheep_core::units::parse_size;
 
+use crate::cluster::quorum::token::Token;
+use crate::front::allowed::Allowed;
 use crate::front::nbd::tls::TlsFiles;
 use crate::store::JOURNAL_BYTES_DEFAULT;
 
@@ -16,6 +18,8 @@ use crate::store::JOURNAL_BYTES_DEFAULT;
 const JOURNAL_MIB_MIN: u64 = 64;
 /// Default client port: the ancestor's.
 const PORT_DEFAULT: u16 = 7000;
+/// The node port is this far above the client port, unless given: `-p 7000` and 7010.
+const NODE_PORT_OFFSET: u16 = 10;
 /// Default store directory: the ancestor's.
 const PATH_DEFAULT: &str = "/tmp";
 
@@ -24,6 +28,8 @@ const PATH_DEFAULT: &str = "/tmp";
 pub enum ClusterDriver {
     /// Many sheep on one machine, over a directory.
     Local(PathBuf),
+    /// Nodes find each other and vote: the default.
+    Raft,
 }
 
 /// Where NBD is served besides the socket in the store directory.
@@ -61,10 +67,22 @@ pub struct Config {
     pub nbd_tls: Option<TlsFiles>,
     /// Listen addresses; all interfaces, IPv4 and IPv6, if empty.
     pub bind: Option<IpAddr>,
-    /// The address that the others and clients are told.
-    pub my_address: IpAddr,
-    /// Fault domain.
-    pub zone: u32,
+    /// The address that the others and clients are told; the machine's first one if not given.
+    pub my_address: Option<IpAddr>,
+    /// Fault domain; told from the address if not given.
+    pub zone: Option<u32>,
+    /// Address and port for traffic between nodes, if it has a network of its own.
+    pub node_address: Option<IpAddr>,
+    /// The port where other nodes connect (TCP) and gossip (UDP).
+    pub node_port: u16,
+    /// Hosts to look for other nodes at.
+    pub seeds: Vec<String>,
+    /// Lets this node in, once.
+    pub token: Option<Token>,
+    /// A copy of the cluster key.
+    pub key_file: Option<PathBuf>,
+    /// Networks whose clients are served without authentication, besides this machine's own.
+    pub allowed: Allowed,
     /// See [`ClusterDriver`].
     pub cluster: ClusterDriver,
     /// Stores nothing.
@@ -122,10 +140,34 @@ fn definition() -> Command {
                 .help("store directory and, after commas, further directories that hold the objects [default: /tmp]"),
         )
         .arg(value('b', "bindaddr", "ADDRESS", "listen on this address only [default: all interfaces]"))
-        .arg(value('c', "cluster", "DRIVER", "how nodes find each other: local[:DIRECTORY] (nodes of one machine)"))
+        .arg(value(
+            'c',
+            "cluster",
+            "DRIVER",
+            "how nodes find each other: raft (by themselves), local[:DIRECTORY] (nodes of one machine) [default: raft]",
+        ))
+        .arg(Arg::new("allow-clients").long("allow-clients").value_name("CIDR,...").action(ArgAction::Set).help(
+            "serve clients of these networks too, without authentication; `all` for everybody [default: this machine]",
+        ))
         .arg(flag('f', "foreground", "stay in the foreground"))
         .arg(flag('g', "gateway", "store nothing, only serve clients"))
         .arg(flag('h', "help", "show this text and exit"))
+        .arg(value(
+            'i',
+            "ioaddr",
+            "host=ADDRESS[,port=PORT]",
+            "address and port for other nodes (TCP and UDP) [default: all interfaces, client port + 10]",
+        ))
+        .arg(Arg::new("join").long("join").value_name("HOST[:PORT],...|TOKEN").action(ArgAction::Set).help(
+            "look for the other nodes at these hosts too (node port), or join with a token of `dog cluster token`",
+        ))
+        .arg(
+            Arg::new("key")
+                .long("key")
+                .value_name("FILE")
+                .action(ArgAction::Set)
+                .help("copy of the cluster key (PATH/cluster/key of a member): joins without being asked for"),
+        )
         .arg(value('j', "journal", "size=S[,dir=D]", "size and directory of the journal [default: size=128M]"))
         .arg(value(
             'l',
@@ -146,7 +188,18 @@ fn definition() -> Command {
         .arg(value('p', "port", "PORT", "client port [default: 7000]"))
         .arg(value('P', "pidfile", "FILE", "keep the process id in this file"))
         .arg(flag('v', "version", "show the version and exit"))
-        .arg(value('y', "myaddr", "ADDRESS", "the address that others are told [default: 127.0.0.1 with local]"))
+        .arg(
+            Arg::new("witness")
+                .long("witness")
+                .action(ArgAction::SetTrue)
+                .help("store nothing, serve no clients, only vote: the third machine of a cluster with two"),
+        )
+        .arg(value(
+            'y',
+            "myaddr",
+            "ADDRESS",
+            "the address that others are told [default: the first of this machine; 127.0.0.1 with -c local]",
+        ))
         .arg(value(
             'z',
             "zone",
@@ -156,6 +209,7 @@ fn definition() -> Command {
         .after_help(
             "Examples:\n  sheep /data                                   a node, in the background\n  \
              sheep -f -l dst=stdout /data                  the same, in sight\n  \
+             sheep --join TOKEN /data                      a node of a cluster that gave a token\n  \
              sheep -p 7001 -z 2 -c local:/tmp/try /data2   a second node of a try-out on one machine",
         )
 }
@@ -173,7 +227,7 @@ pub fn parse(arguments: &[String]) -> Result<Parsed, Usage> {
     }
     if matches.get_flag("version") {
         println!(
-            "Sheepdog daemon version {}\n\nSupported features:\n\tCluster drivers: local\n\tMiscellaneous: none",
+            "Sheepdog daemon version {}\n\nSupported features:\n\tCluster drivers: raft local\n\tMiscellaneous: none",
             env!("CARGO_PKG_VERSION")
         );
         return Ok(Parsed::Printed);
@@ -181,20 +235,29 @@ pub fn parse(arguments: &[String]) -> Result<Parsed, Usage> {
     let text = |name: &str| matches.get_one::<String>(name).map(String::as_str);
     let paths = matches.get_many::<String>("path").into_iter().flatten().next().map_or(PATH_DEFAULT, String::as_str);
     let (meta, disks) = parse_paths(paths)?;
-    let my_address = parse_my_address(text("myaddr"))?;
+    let port = parse_port(text("port"))?;
+    let node = parse_node_address(text("ioaddr"), port)?;
+    let (seeds, token) = parse_join(text("join"))?;
+    let witness = matches.get_flag("witness");
     let journal = parse_journal(text("journal"))?;
     let log = parse_log(text("log"))?;
     Ok(Parsed::Run(Box::new(Config {
         meta,
         disks,
-        port: parse_port(text("port"))?,
-        nbd: parse_nbd(text("nbd"))?,
+        port,
+        nbd: if witness { NbdListen::Nowhere } else { parse_nbd(text("nbd"))? },
         nbd_tls: text("nbd-tls").map(read_tls).transpose()?,
         bind: text("bindaddr").map(parse_bind).transpose()?,
-        my_address,
-        zone: text("zone").map_or(Ok(default_zone(my_address)), parse_zone)?,
-        cluster: parse_cluster(text("cluster").unwrap_or("local"))?,
-        gateway: matches.get_flag("gateway"),
+        my_address: text("myaddr").map(parse_my_address).transpose()?,
+        zone: text("zone").map(parse_zone).transpose()?,
+        node_address: node.address,
+        node_port: node.port,
+        seeds,
+        token,
+        key_file: text("key").map(absolute).transpose()?,
+        allowed: text("allow-clients").map_or(Ok(Allowed::default()), parse_allowed)?,
+        cluster: parse_cluster(text("cluster").unwrap_or("raft"))?,
+        gateway: matches.get_flag("gateway") || witness,
         sync: !matches.get_flag("nosync"),
         foreground: matches.get_flag("foreground") || log.destination == LogDestination::Stderr,
         pid_file: text("pidfile").map(absolute).transpose()?,
@@ -281,8 +344,54 @@ fn parse_bind(text: &str) -> Result<IpAddr, Usage> {
     text.parse().map_err(|_| Usage(format!("Bad address '{text}'")))
 }
 
-fn parse_my_address(text: Option<&str>) -> Result<IpAddr, Usage> {
-    let Some(text) = text else { return Ok(IpAddr::V4(Ipv4Addr::LOCALHOST)) };
+struct NodeAddress {
+    address: Option<IpAddr>,
+    port: u16,
+}
+
+fn parse_node_address(text: Option<&str>, client_port: u16) -> Result<NodeAddress, Usage> {
+    let default = client_port.checked_add(NODE_PORT_OFFSET).unwrap_or(client_port - NODE_PORT_OFFSET);
+    let mut node = NodeAddress { address: None, port: default };
+    let Some(text) = text else { return Ok(node) };
+    for part in text.split(',') {
+        match part.split_once('=') {
+            Some(("host", host)) => {
+                node.address = Some(host.parse().map_err(|_| Usage(format!("Bad addr: '{host}'")))?);
+            }
+            Some(("port", port)) => match port.parse() {
+                Ok(port) if port > 0 => node.port = port,
+                _ => return Err(Usage(format!("Bad port '{port}'"))),
+            },
+            _ => return Err(Usage(format!("invalid option {part}"))),
+        }
+    }
+    if node.address.is_none() && !text.contains("port=") {
+        return Err(Usage("Bad addr: '(null)'".to_string()));
+    }
+    Ok(node)
+}
+
+fn parse_join(text: Option<&str>) -> Result<(Vec<String>, Option<Token>), Usage> {
+    let Some(text) = text else { return Ok((Vec::new(), None)) };
+    if Token::looks_like(text) {
+        let token = Token::parse(text)
+            .ok_or_else(|| Usage("--join: the token is damaged; copy the whole of it".to_string()))?;
+        return Ok((Vec::new(), Some(token)));
+    }
+    let seeds: Vec<String> = text.split(',').map(str::trim).filter(|seed| !seed.is_empty()).map(String::from).collect();
+    if seeds.is_empty() {
+        return Err(Usage(format!("--join '{text}': give HOST[:PORT],... or a token of `dog cluster token`")));
+    }
+    Ok((seeds, None))
+}
+
+fn parse_allowed(text: &str) -> Result<Allowed, Usage> {
+    Allowed::parse(text).ok_or_else(|| {
+        Usage(format!("--allow-clients '{text}': give networks such as 192.168.1.0/24,fd00::/8, or all"))
+    })
+}
+
+fn parse_my_address(text: &str) -> Result<IpAddr, Usage> {
     let invalid = || Usage(format!("Invalid address: '{text}'"));
     if let Ok(address) = text.parse() {
         return Ok(address);
@@ -296,7 +405,7 @@ fn parse_zone(text: &str) -> Result<u32, Usage> {
 }
 
 /// The last four bytes of the address, as the ancestor took them.
-fn default_zone(address: IpAddr) -> u32 {
+pub fn default_zone(address: IpAddr) -> u32 {
     let last = match address {
         IpAddr::V4(v4) => v4.octets(),
         IpAddr::V6(v6) => {
@@ -309,11 +418,13 @@ fn default_zone(address: IpAddr) -> u32 {
 
 fn parse_cluster(text: &str) -> Result<ClusterDriver, Usage> {
     match text.split_once(':') {
+        None if text == "raft" => Ok(ClusterDriver::Raft),
         None if text == "local" => Ok(ClusterDriver::Local(default_local_directory())),
         Some(("local", "")) => Ok(ClusterDriver::Local(default_local_directory())),
         Some(("local", directory)) => Ok(ClusterDriver::Local(absolute(directory)?)),
         _ => Err(Usage(format!(
-            "Invalid cluster driver '{text}'\n\nSupported features:\n\tCluster drivers: local (-c local[:DIRECTORY])"
+            "Invalid cluster driver '{text}'\n\nSupported features:\n\tCluster drivers: raft (the default) \
+             and local (-c local[:DIRECTORY])"
         ))),
     }
 }
@@ -408,13 +519,19 @@ mod tests {
     #[test]
     fn what_scripts_write_is_understood() {
         let config = parsed("-fp7801 -z 2 /data,/d1,,/d2 --pid /run/x -nc local:/tmp/x").unwrap();
-        assert_eq!((config.port, config.zone, config.foreground, config.sync), (7801, 2, true, false));
+        assert_eq!((config.port, config.zone, config.foreground, config.sync), (7801, Some(2), true, false));
+        assert_eq!(config.node_port, 7811);
         assert_eq!(config.meta, PathBuf::from("/data"));
         assert_eq!(config.disks, [PathBuf::from("/d1"), PathBuf::from("/d2")]);
         assert_eq!(config.cluster, ClusterDriver::Local("/tmp/x".into()));
-        assert_eq!(parsed("/data").unwrap().zone, 16_777_343);
-        assert_eq!(parsed("-y 127.0.0.2 /data").unwrap().zone, 33_554_559);
-        assert_eq!(parsed("-y ::1 /data").unwrap().zone, 16_777_216);
+        assert_eq!(parsed("/data").unwrap().cluster, ClusterDriver::Raft);
+        let zone = |line: &str| parsed(line).unwrap().my_address.map(default_zone);
+        assert_eq!(zone("-y 127.0.0.1 /data"), Some(16_777_343));
+        assert_eq!(zone("-y 127.0.0.2 /data"), Some(33_554_559));
+        assert_eq!(zone("-y ::1 /data"), Some(16_777_216));
+        let config = parsed("-i host=10.1.0.1,port=9000 --join a,b:7011 --allow-clients 10.0.0.0/8 /data").unwrap();
+        assert_eq!((config.node_address, config.node_port), (Some("10.1.0.1".parse().unwrap()), 9000));
+        assert_eq!(config.seeds, ["a", "b:7011"]);
     }
 
     #[test]
@@ -431,6 +548,10 @@ mod tests {
             ("-j size=1M /d", "invalid size 1M, must be at least 64(M)"),
             ("-c corosync /d", "Invalid cluster driver 'corosync'"),
             ("-q /d", "sheep: invalid option -- 'q'"),
+            ("-i port=0,host=::1 /d", "Bad port '0'"),
+            ("-i host=x /d", "Bad addr: 'x'"),
+            ("--join sheep-token-00 /d", "--join: the token is damaged"),
+            ("--allow-clients 10.0.0.0/33 /d", "--allow-clients '10.0.0.0/33'"),
         ] {
             let error = parsed(line).unwrap_err();
             assert!(error.starts_with(text), "{line}: {error}");

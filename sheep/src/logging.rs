@@ -5,9 +5,13 @@ use std::io;
 use std::path::Path;
 
 use tracing::{Event, Level, Subscriber};
+use tracing_subscriber::Layer;
+use tracing_subscriber::filter::{LevelFilter, Targets};
 use tracing_subscriber::fmt::format::Writer;
 use tracing_subscriber::fmt::{FmtContext, FormatEvent, FormatFields};
+use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::registry::LookupSpan;
+use tracing_subscriber::util::SubscriberInitExt;
 
 struct Line;
 
@@ -33,13 +37,21 @@ where
 
 /// Logs to a file that is appended to, or to standard error.
 pub fn start(file: Option<&Path>, level: Level) -> io::Result<()> {
-    let builder = tracing_subscriber::fmt().with_max_level(level).event_format(Line);
+    // The Raft library tells its every step below this level, and every message that did not arrive at it.
+    let levels = Targets::new()
+        .with_default(level)
+        .with_target("openraft", Level::ERROR)
+        .with_target("openraft::replication", LevelFilter::OFF);
     match file {
         Some(path) => {
             let file = std::fs::OpenOptions::new().create(true).append(true).open(path)?;
-            builder.with_writer(std::sync::Mutex::new(file)).init();
+            let layer = tracing_subscriber::fmt::layer().event_format(Line).with_writer(std::sync::Mutex::new(file));
+            tracing_subscriber::registry().with(layer.with_filter(levels)).init();
         }
-        None => builder.with_writer(io::stderr).init(),
+        None => {
+            let layer = tracing_subscriber::fmt::layer().event_format(Line).with_writer(io::stderr);
+            tracing_subscriber::registry().with(layer.with_filter(levels)).init();
+        }
     }
     Ok(())
 }

@@ -122,6 +122,10 @@ fn serve(config: &Config, in_background: bool) -> anyhow::Result<()> {
                 node.stop().await;
                 Ok(())
             }
+            Stop::ShutOut(reason) => {
+                node.give_up().await;
+                Err(anyhow::anyhow!("{reason}"))
+            }
             Stop::StoreFailed(reason) => {
                 node.give_up().await;
                 Err(anyhow::anyhow!("the store failed ({reason}): this node left the cluster, the others go on"))

@@ -1,23 +1,26 @@
 //! One node: builds the floors from the bottom up and stops them from the top down. The only place that sees them all.
 
-use std::net::SocketAddr;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::sync::Arc;
 
 use anyhow::Context;
 use qemu_proto::node_entry::NodeEntry;
+use sheep_core::admission::ClusterKey;
 use sheep_core::cluster_state::{ClusterState, Phase};
 use sheep_core::member::{Member, NodeId};
-use tokio::sync::Notify;
+use tokio::sync::{Notify, mpsc};
 
+use crate::cluster::discovery::Seed;
+use crate::cluster::quorum::{self, Quorum, QuorumConfig};
 use crate::cluster::{Cluster, local};
-use crate::config::{ClusterDriver, Config, NbdListen, listen_addresses};
+use crate::config::{ClusterDriver, Config, NbdListen, default_zone, listen_addresses};
 use crate::data::{Data, flush, gateway::lease_table, view_change};
 use crate::front::nbd::tls::Tls;
 use crate::front::nbd::{self, TlsPolicy};
 use crate::front::sheepdog::{self, Front, NbdPlaces};
 use crate::store::{Store, StoreConfig};
 use crate::world::World;
-use crate::world::net::{Endpoint, Listener};
+use crate::world::net::{Connection, Endpoint, Listener, NetFuture};
 
 /// Name of the store's layout, as old tools show it.
 const STORE_NAME: &str = "plain";
@@ -38,6 +41,8 @@ pub enum Stop {
     Asked,
     /// Its disk failed; what the store said.
     StoreFailed(String),
+    /// It may not be part of its cluster; why.
+    ShutOut(String),
 }
 
 /// A node that serves.
@@ -47,6 +52,8 @@ pub struct Node {
     data: Data,
     store: Option<Store>,
     stop: Arc<Notify>,
+    /// The default driver, if it is that.
+    quorum: Option<Quorum>,
     /// The sockets in the store directory, removed at the end.
     sockets: [std::path::PathBuf; 2],
 }
@@ -67,16 +74,7 @@ impl Node {
         let clients = listen_clients(&world, config).await?;
         let tls = config.nbd_tls.as_ref().map(Tls::new).transpose().context("--nbd-tls")?;
         let nbd_listeners = listen_nbd(&world, config).await?;
-        let peers = world
-            .net
-            .listen(&Endpoint::Tcp(SocketAddr::new(config.bind.unwrap_or(config.my_address), 0)))
-            .await
-            .with_context(|| format!("cannot listen for other nodes on {}", config.my_address))?;
-        let member = describe(config, &store, peers.as_ref());
-        tracing::info!("node {} ({}:{}) is going to join the cluster", member.id, config.my_address, config.port);
-        let ClusterDriver::Local(directory) = &config.cluster;
-        let cluster =
-            local::join(&world, directory.clone(), member, remembered).await.context("failed to join Sheepdog")?;
+        let Joined { cluster, quorum, peers } = join(&world, config, &store, remembered).await?;
         let kept = (!config.gateway).then(|| store.clone());
         let data = Data::new(world.clone(), cluster.clone(), kept);
         view_change::start(&data, peers);
@@ -85,12 +83,15 @@ impl Node {
         let front =
             Front { data: data.clone(), stop: stop.clone(), store_name: STORE_NAME, nbd: nbd_places(&nbd_listeners) };
         for listener in clients {
-            tokio::spawn(sheepdog::listen(front.clone(), listener));
+            tokio::spawn(sheepdog::listen(front.clone(), listener, config.allowed.clone()));
+        }
+        if let Some(quorum) = &quorum {
+            tokio::spawn(serve_keyholders(front.clone(), quorum.client_connections()));
         }
         tokio::spawn(nbd::export::delete_overlays(data.clone(), nbd::export::left_overlays(&data)));
         for listener in nbd_listeners {
             let policy = match (&tls, listener.local()) {
-                (None, _) => TlsPolicy::None,
+                (None, _) => TlsPolicy::None(config.allowed.clone()),
                 (Some(tls), Endpoint::Unix(_)) => TlsPolicy::Offered(tls.clone()),
                 (Some(tls), Endpoint::Tcp(_)) => TlsPolicy::Required(tls.clone()),
             };
@@ -98,7 +99,7 @@ impl Node {
         }
         tracing::info!("sheepdog daemon (version {}) started", env!("CARGO_PKG_VERSION"));
         let sockets = [SOCKET, NBD_SOCKET].map(|name| config.meta.join(name));
-        Ok(Node { world, cluster, data, store: Some(store), stop, sockets })
+        Ok(Node { world, cluster, data, store: Some(store), stop, quorum, sockets })
     }
 
     /// Waits until a client, or the operator through the order, asks this node to stop, or its store fails.
@@ -114,10 +115,17 @@ impl Node {
                 None => std::future::pending().await,
             }
         };
+        let shut_out = async {
+            match &self.quorum {
+                Some(quorum) => quorum.failed().await,
+                None => std::future::pending().await,
+            }
+        };
         tokio::select! {
             () = self.stop.notified() => Stop::Asked,
             () = shut_down => Stop::Asked,
             reason = failed => Stop::StoreFailed(reason),
+            reason = shut_out => Stop::ShutOut(reason),
         }
     }
 
@@ -154,15 +162,155 @@ impl Node {
             () = orderly => {}
             () = self.world.clock.sleep(STOP_PATIENCE) => tracing::warn!("leaving with requests under way"),
         }
-        if !shutting_down {
-            self.cluster.leave().await;
-        }
+        self.cluster.leave().await;
         if let Some(store) = self.store.take()
             && let Err(error) = store.close().await
         {
             tracing::error!("the store was not closed in order ({error}): the next start replays its journal");
         }
         self.remove_sockets().await;
+    }
+}
+
+/// A node that is on its way into the order.
+struct Joined {
+    cluster: Cluster,
+    quorum: Option<Quorum>,
+    peers: Box<dyn Listener>,
+}
+
+async fn join(
+    world: &World,
+    config: &Config,
+    store: &Store,
+    remembered: Option<ClusterState>,
+) -> anyhow::Result<Joined> {
+    match &config.cluster {
+        ClusterDriver::Local(directory) => {
+            let own = config.my_address.unwrap_or(IpAddr::V4(Ipv4Addr::LOCALHOST));
+            let place = Endpoint::Tcp(SocketAddr::new(config.bind.unwrap_or(own), 0));
+            let peers = world.net.listen(&place).await;
+            let peers = peers.with_context(|| format!("cannot listen for other nodes on {own}"))?;
+            let Endpoint::Tcp(listening) = peers.local() else { unreachable!("it was opened on TCP") };
+            let endpoint = SocketAddr::new(own, listening.port()).to_string();
+            let member = Member { peer_endpoint: endpoint, ..describe(world, config, store, own) };
+            tracing::info!("node {} ({own}:{}) is going to join the cluster", member.id, config.port);
+            let joined = local::join(world, directory.clone(), member, remembered).await;
+            Ok(Joined { cluster: joined.context("failed to join Sheepdog")?, quorum: None, peers })
+        }
+        ClusterDriver::Raft => {
+            let quorum_config = quorum_config(world, config, store, remembered.as_ref()).await?;
+            tracing::info!("node {} is looking for its cluster", quorum_config.member.id);
+            let (cluster, quorum) = quorum::start(world, quorum_config).await?;
+            let peers = Box::new(FromMesh { connections: tokio::sync::Mutex::new(quorum.data_connections()) });
+            Ok(Joined { cluster, quorum: Some(quorum), peers })
+        }
+    }
+}
+
+async fn quorum_config(
+    world: &World,
+    config: &Config,
+    store: &Store,
+    remembered: Option<&ClusterState>,
+) -> anyhow::Result<QuorumConfig> {
+    let local = world.net.local_addresses().context("cannot list this machine's addresses")?;
+    let own = config.my_address.or(config.bind).or(local.first().copied()).unwrap_or(IpAddr::V4(Ipv4Addr::LOCALHOST));
+    let others = if config.bind.is_some() { Vec::new() } else { local };
+    let mut addresses: Vec<SocketAddr> = Vec::new();
+    for address in config.node_address.into_iter().chain([own]).chain(others) {
+        let address = SocketAddr::new(address, config.node_port);
+        if !addresses.contains(&address) {
+            addresses.push(address);
+        }
+    }
+    let mut listen = Vec::new();
+    for address in listen_addresses(config) {
+        let place = SocketAddr::new(address, config.node_port);
+        match world.net.listen(&Endpoint::Tcp(place)).await {
+            Ok(_) => listen.push(place),
+            Err(error) if address == IpAddr::V6(Ipv6Addr::UNSPECIFIED) && !listen.is_empty() => {
+                tracing::info!("no IPv6 between nodes: {error}");
+            }
+            Err(error) => {
+                let hint = "is another sheep using it? Choose another one with -i port=PORT";
+                return Err(anyhow::anyhow!("cannot listen for other nodes on {place}: {error}; {hint}"));
+            }
+        }
+    }
+    let key = match &config.key_file {
+        Some(path) => Some(read_key(world, path).await?),
+        None => None,
+    };
+    Ok(QuorumConfig {
+        directory: config.meta.join("cluster"),
+        listen,
+        addresses,
+        seeds: config.seeds.iter().map(|text| seed(text, config.node_port)).collect(),
+        token: config.token.clone(),
+        key,
+        member: describe(world, config, store, own),
+        store_cluster: remembered.map(|state| state.cluster_id),
+    })
+}
+
+/// `HOST`, `HOST:PORT`, `ADDRESS` or `[ADDRESS]:PORT`.
+fn seed(text: &str, default_port: u16) -> Seed {
+    if let Ok(address) = text.parse::<SocketAddr>() {
+        return Seed { host: address.ip().to_string(), port: address.port() };
+    }
+    if text.parse::<IpAddr>().is_err()
+        && !text.ends_with(']')
+        && let Some((host, port)) = text.rsplit_once(':')
+        && let Ok(port) = port.parse()
+    {
+        return Seed { host: host.to_string(), port };
+    }
+    let host = text.strip_prefix('[').and_then(|text| text.strip_suffix(']')).unwrap_or(text);
+    Seed { host: host.to_string(), port: default_port }
+}
+
+async fn read_key(world: &World, path: &std::path::Path) -> anyhow::Result<ClusterKey> {
+    let shown = path.display().to_string();
+    let path = path.to_path_buf();
+    let bytes = crate::world::disk::run(&world.disk, move |files| {
+        let file = files.open(&path, crate::world::disk::OpenMode::Read)?;
+        // A key is one line.
+        let mut bytes = vec![0; 1024];
+        let count = file.read_at(&mut bytes, 0)?;
+        bytes.truncate(count);
+        Ok::<_, std::io::Error>(bytes)
+    });
+    let bytes = bytes.await.with_context(|| format!("cannot read the key file {shown}"))?;
+    let text = String::from_utf8_lossy(&bytes);
+    text.trim().parse().map_err(|_| anyhow::anyhow!("{shown} is not a cluster key; copy PATH/cluster/key of a member"))
+}
+
+/// Other nodes' connections for objects, which the mesh has let in.
+struct FromMesh {
+    connections: tokio::sync::Mutex<mpsc::Receiver<(NodeId, Connection)>>,
+}
+
+impl Listener for FromMesh {
+    fn accept(&self) -> NetFuture<'_, Connection> {
+        Box::pin(async move {
+            match self.connections.lock().await.recv().await {
+                Some((_, connection)) => Ok(connection),
+                // The mesh ends with the process.
+                None => std::future::pending().await,
+            }
+        })
+    }
+
+    fn local(&self) -> Endpoint {
+        Endpoint::Tcp(SocketAddr::new(IpAddr::V4(Ipv4Addr::UNSPECIFIED), 0))
+    }
+}
+
+/// `dog` on other machines, with the cluster key.
+async fn serve_keyholders(front: Front, mut connections: mpsc::Receiver<Connection>) {
+    while let Some(connection) = connections.recv().await {
+        tokio::spawn(sheepdog::conn::serve(front.clone(), connection));
     }
 }
 
@@ -242,15 +390,14 @@ fn nbd_places(listeners: &[Box<dyn Listener>]) -> NbdPlaces {
     places
 }
 
-fn describe(config: &Config, store: &Store, peers: &dyn Listener) -> Member {
-    let Endpoint::Tcp(peer) = peers.local() else { unreachable!("the peers' listener was opened on TCP") };
-    let id: NodeId = store.node_id();
+fn describe(world: &World, config: &Config, store: &Store, own: IpAddr) -> Member {
     Member {
-        id,
-        address: NodeEntry::address_bytes(config.my_address),
+        id: store.node_id(),
+        address: NodeEntry::address_bytes(own),
         port: config.port,
-        peer_endpoint: SocketAddr::new(config.my_address, peer.port()).to_string(),
-        zone: config.zone,
+        peer_endpoint: String::new(),
+        boot: world.rng.next_u64(),
+        zone: config.zone.unwrap_or_else(|| default_zone(own)),
         weight: if config.gateway { 0 } else { store.space().total_bytes.max(WEIGHT_MIN) },
     }
 }

@@ -16,6 +16,7 @@ use alloc::vec::Vec;
 use qemu_proto::oid::VdiId;
 use serde::{Deserialize, Serialize};
 
+use crate::admission::{Admission, ClusterKey, Fingerprint};
 use crate::command::{Command, NewVdi, Outcome, Refusal, VdiEdit};
 use crate::copy_policy::COPIES_MAX;
 use crate::member::{Member, NodeId};
@@ -27,6 +28,9 @@ use crate::vdi_name::{self, Candidate, LookupError, Run, Target};
 /// Epochs older than the last clean one are kept only to be shown (`dog cluster info`), this many of them: a year of
 /// daily restarts.
 const EPOCHS_SHOWN_MAX: usize = 512;
+
+/// Tokens that may be out at once: one for every machine that is being set up.
+const TOKENS_MAX: usize = 1024;
 
 /// Copies and object size of volumes that do not say their own: the ancestor's defaults.
 pub const DEFAULT_COPIES: u8 = 3;
@@ -149,6 +153,13 @@ pub struct ClusterState {
     pub to_reclaim: BTreeSet<u32>,
     /// By VDI id. Attribute objects have leases too, under the id in their object id.
     pub leases: BTreeMap<u32, Lease>,
+    /// Who may come in.
+    pub admission: Admission,
+    /// Whether the order needs a majority (the default driver): then no write is acknowledged on one copy alone where there
+    /// should be three.
+    pub needs_majority: bool,
+    /// The operator went on with one zone: then one copy has to do until there are two again.
+    pub one_copy_will_do: bool,
 }
 
 impl Default for ClusterState {
@@ -175,6 +186,9 @@ impl Default for ClusterState {
             vdis: BTreeMap::new(),
             to_reclaim: BTreeSet::new(),
             leases: BTreeMap::new(),
+            admission: Admission::default(),
+            needs_majority: false,
+            one_copy_will_do: false,
         }
     }
 }
@@ -210,9 +224,22 @@ impl ClusterState {
             Command::ReleaseLease { vdi, node, generation } => self.release_lease(*vdi, *node, *generation),
             Command::Shutdown => self.shutdown(),
             Command::ForceRecover { time } => self.force_recover(*time),
+            Command::Restore(state) => self.restore(state),
+            Command::Admit { node, fingerprint, token } => self.admit(*node, *fingerprint, token.as_ref()),
+            Command::Ban { node, key } => self.ban(*node, key),
+            Command::RotateKey { key } => self.rotate_key(key),
+            Command::OfferToken { hash } => self.offer_token(*hash),
+            Command::Restart => self.restart(),
+            Command::StopWaiting { time } => self.stop_waiting(*time),
+            Command::HandOverLease { vdi, node, generation, to } => self.hand_over_lease(*vdi, *node, *generation, *to),
         };
         self.check();
         outcome
+    }
+
+    /// For `Command::Restore`.
+    pub fn encode(&self) -> Vec<u8> {
+        postcard::to_allocvec(self).expect("the state's types have no unserialisable values")
     }
 
     /// How far the cluster had come, for comparing what two nodes remember of it.
@@ -331,6 +358,7 @@ impl ClusterState {
 
     /// Makes the next epoch, once there are epochs at all.
     fn members_changed(&mut self, time: u64) {
+        self.one_copy_will_do &= self.zone_count() < 2;
         if self.phase == Phase::Unformatted || self.phase == Phase::Shutdown {
             return;
         }
@@ -379,8 +407,12 @@ impl ClusterState {
             replaced.insert(self.cluster_id);
         }
         let (applied, served) = (self.applied, self.served);
-        let empty = ClusterState::default();
-        *self = ClusterState { applied, served, cluster_id, created: time, settings, members, replaced, ..empty };
+        let kept = ClusterState {
+            admission: core::mem::take(&mut self.admission),
+            needs_majority: self.needs_majority,
+            ..ClusterState::default()
+        };
+        *self = ClusterState { applied, served, cluster_id, created: time, settings, members, replaced, ..kept };
         self.phase = Phase::Running;
         self.begin_epoch(epoch, time);
         // Nothing exists yet, so everybody has everything.
@@ -432,17 +464,104 @@ impl ClusterState {
     }
 
     fn force_recover(&mut self, time: u64) -> Outcome {
+        let alone = self.needs_majority && self.zone_count() < 2;
         match self.phase {
             Phase::Waiting { .. } => {}
-            Phase::Running if self.clean < self.epoch => {}
+            Phase::Running if self.clean < self.epoch || (alone && !self.one_copy_will_do) => {}
             _ => return Outcome::Refused(Refusal::NoEffect),
         }
         self.phase = Phase::Running;
         // The operator's word replaces what the missing members would have told about the epochs since the clean one. What
         // those who are here know of them still counts.
         self.forgiven = self.epoch;
+        self.one_copy_will_do = true;
         self.members_changed(time);
         Outcome::Done
+    }
+
+    /// The first command of an order that goes on from an earlier one, or from nothing.
+    fn restore(&mut self, bytes: &[u8]) -> Outcome {
+        if self.applied > 1 {
+            return Outcome::Refused(Refusal::NoEffect);
+        }
+        let Ok(state) = postcard::from_bytes(bytes) else {
+            return Outcome::Refused(Refusal::InvalidParameters);
+        };
+        *self = state;
+        self.applied += 1;
+        Outcome::Done
+    }
+
+    fn admit(&mut self, node: NodeId, fingerprint: Fingerprint, token: Option<&[u8; 32]>) -> Outcome {
+        let admission = &mut self.admission;
+        if admission.banned.contains(&fingerprint) {
+            return Outcome::Refused(Refusal::Banned);
+        }
+        match admission.nodes.get(&node) {
+            Some(known) if *known == fingerprint => return Outcome::Done,
+            Some(_) => return Outcome::Refused(Refusal::OtherFingerprint),
+            None => {}
+        }
+        if token.is_some_and(|token| !admission.tokens.remove(token)) {
+            return Outcome::Refused(Refusal::TokenUnknown);
+        }
+        admission.nodes.insert(node, fingerprint);
+        Outcome::Done
+    }
+
+    /// The node's eviction is a command of its own: it has to have stopped serving before.
+    fn ban(&mut self, node: NodeId, key: &ClusterKey) -> Outcome {
+        let Some(fingerprint) = self.admission.nodes.get(&node).copied() else {
+            return Outcome::Refused(Refusal::NoEffect);
+        };
+        match self.rotate_key(key) {
+            Outcome::Done => {}
+            refused => return refused,
+        }
+        self.admission.nodes.remove(&node);
+        self.admission.banned.insert(fingerprint);
+        Outcome::Done
+    }
+
+    /// Tokens given out under the key before are worth nothing any more.
+    fn rotate_key(&mut self, key: &ClusterKey) -> Outcome {
+        match &self.admission.key {
+            Some(old) if key.generation == old.generation + 1 => {}
+            _ => return Outcome::Refused(Refusal::NoEffect),
+        }
+        self.admission.key = Some(key.clone());
+        self.admission.tokens.clear();
+        Outcome::Done
+    }
+
+    fn offer_token(&mut self, hash: [u8; 32]) -> Outcome {
+        if self.admission.key.is_none() || self.admission.tokens.len() >= TOKENS_MAX {
+            return Outcome::Refused(Refusal::NoEffect);
+        }
+        self.admission.tokens.insert(hash);
+        Outcome::Done
+    }
+
+    fn restart(&mut self) -> Outcome {
+        if self.phase != Phase::Shutdown {
+            return Outcome::Refused(Refusal::NoEffect);
+        }
+        *self = core::mem::take(self).restarted();
+        Outcome::Done
+    }
+
+    fn stop_waiting(&mut self, time: u64) -> Outcome {
+        if !matches!(self.phase, Phase::Waiting { .. }) {
+            return Outcome::Refused(Refusal::NoEffect);
+        }
+        self.phase = Phase::Running;
+        self.members_changed(time);
+        Outcome::Done
+    }
+
+    /// Holders that an object with `copies` copies needs before a write to it is acknowledged (design: min-copies).
+    pub fn min_copies(&self, copies: u8) -> u8 {
+        if self.needs_majority && copies > 2 && !self.one_copy_will_do { 2 } else { 1 }
     }
 
     /// The fewest copies that any object may have.
@@ -613,6 +732,23 @@ impl ClusterState {
                 lease.generation += 1;
                 Outcome::Lease(lease.generation)
             }
+        }
+    }
+
+    fn hand_over_lease(&mut self, vdi: VdiId, node: NodeId, generation: u32, to: NodeId) -> Outcome {
+        if let Err(refusal) = self.require_running() {
+            return Outcome::Refused(refusal);
+        }
+        if !self.members.contains_key(&to) {
+            return self.release_lease(vdi, node, generation);
+        }
+        match self.leases.get_mut(&vdi.get()) {
+            Some(lease) if lease.holder == Some(node) && lease.generation == generation => {
+                lease.holder = Some(to);
+                lease.generation += 1;
+                Outcome::Lease(lease.generation)
+            }
+            _ => Outcome::Refused(Refusal::LeaseLost),
         }
     }
 

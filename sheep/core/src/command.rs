@@ -7,6 +7,7 @@ use alloc::vec::Vec;
 use qemu_proto::oid::VdiId;
 use serde::{Deserialize, Serialize};
 
+use crate::admission::{ClusterKey, Fingerprint};
 use crate::ids;
 use crate::member::{Member, NodeId};
 use crate::stamp::Epoch;
@@ -56,6 +57,29 @@ pub enum Command {
     Shutdown,
     /// The operator says that the members that are missing will not come back, or not with anything newer.
     ForceRecover { time: u64 },
+    /// An order begins with what is known from before it, a state as `ClusterState::encode` gives it; refused anywhere but at
+    /// the order's beginning.
+    Restore(Vec<u8>),
+    /// Lets an identity in; with the BLAKE3 of a token, if that has not been used yet.
+    Admit { node: NodeId, fingerprint: Fingerprint, token: Option<[u8; 32]> },
+    /// Shuts an identity out for good and replaces the key that it knew.
+    Ban { node: NodeId, key: ClusterKey },
+    /// Replaces the cluster key by the one of the next generation.
+    RotateKey { key: ClusterKey },
+    /// A token that lets one node in was given out; this is its BLAKE3.
+    OfferToken { hash: [u8; 32] },
+    /// The nodes are back after `Shutdown`: waits for the members of the last epoch.
+    Restart,
+    /// Goes on with those who are back.
+    StopWaiting { time: u64 },
+    /// Passes a drained lease on to a node that asked for it.
+    HandOverLease {
+        #[serde(with = "ids::vdi_id")]
+        vdi: VdiId,
+        node: NodeId,
+        generation: u32,
+        to: NodeId,
+    },
 }
 
 /// The request behind `NEW_VDI` (protocol.md sections 6.4, 6.5, 6.12, 6.14).
@@ -136,4 +160,10 @@ pub enum Refusal {
     LeaseLost,
     /// Nothing to do: not a member, lease not held, already reported.
     NoEffect,
+    /// The identity was shut out.
+    Banned,
+    /// The node is known by another certificate.
+    OtherFingerprint,
+    /// No such token: never given out, used, or void since the key was replaced.
+    TokenUnknown,
 }

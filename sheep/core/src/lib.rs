@@ -24,3 +24,4 @@ pub mod stamp;
 pub mod units;
 pub mod vdi;
 pub mod vdi_name;
+pub mod write_fate;

@@ -29,8 +29,11 @@ pub struct Member {
     pub address: [u8; 16],
     /// The port clients reach it at.
     pub port: u16,
-    /// Where other nodes reach it, as text that the network floor understands (`HOST:PORT`).
+    /// Where other nodes reach it, as text that the network floor understands: `HOST:PORT`, several with commas between, the
+    /// preferred one first.
     pub peer_endpoint: String,
+    /// Drawn at random by each process: tells a restarted node from one that went on.
+    pub boot: u64,
     /// The fault domain; no two copies of an object share one.
     pub zone: u32,
     /// Share of the data, in bytes of capacity; 0 for a gateway, which stores nothing.

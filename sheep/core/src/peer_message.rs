@@ -70,6 +70,9 @@ pub enum PeerKind {
     Suspects = 14,
     /// The parts of an object that are not zeros; payload of the answer: start and end, u64 each.
     Extents = 15,
+    /// What became of the write with this stamp; the answer's verdict: `Ok` applied, `Missing` not applied, `Invalid` writing it
+    /// again is harmless, `Busy` unknown.
+    Fate = 16,
 }
 
 impl PeerKind {
@@ -91,6 +94,7 @@ impl PeerKind {
             K::Report,
             K::Suspects,
             K::Extents,
+            K::Fate,
         ]
         .into_iter()
         .find(|kind| *kind as u8 == code)

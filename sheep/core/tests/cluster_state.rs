@@ -11,7 +11,15 @@ use sheep_core::vdi_name::Target;
 fn member(node: u64, zone: u32) -> Member {
     let mut address = [0; 16];
     address[15] = node as u8;
-    Member { id: NodeId(node), address, port: 7000, peer_endpoint: format!("127.0.0.1:{node}"), zone, weight: 1 << 40 }
+    Member {
+        id: NodeId(node),
+        address,
+        port: 7000,
+        peer_endpoint: format!("127.0.0.1:{node}"),
+        boot: 1,
+        zone,
+        weight: 1 << 40,
+    }
 }
 
 fn join(node: u64) -> Command {

@@ -34,6 +34,7 @@ impl Story {
             address: [0; 16],
             port: node as u16,
             peer_endpoint: String::new(),
+            boot: 0,
             zone: node as u32,
             weight: 100,
         };

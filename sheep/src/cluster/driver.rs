@@ -4,6 +4,10 @@ use std::future::Future;
 use std::pin::Pin;
 
 use sheep_core::command::{Command, Outcome};
+use sheep_core::member::Member;
+
+use super::administration::{Administration, AdministrationError, Overview};
+use crate::world::net::Connection;
 
 /// Why something could not be ordered, or a node could not come in.
 #[derive(Debug, thiserror::Error)]
@@ -49,6 +53,9 @@ pub enum OrderError {
         /// What is wrong with it.
         reason: String,
     },
+    /// Nobody orders anything now.
+    #[error("{0}")]
+    Unavailable(String),
     /// The order holds something that this version does not understand.
     #[error("{place} holds a record this version cannot read: {reason}; run the same version on every node")]
     Unreadable {
@@ -73,6 +80,12 @@ pub trait Driver: Send + Sync + 'static {
     fn propose(&self, command: Command) -> DriverFuture<'_, Result<Outcome, OrderError>>;
     /// See `Cluster::barrier`.
     fn barrier(&self) -> DriverFuture<'_, Result<(), OrderError>>;
-    /// See `Cluster::leave`.
+    /// See `Cluster::leave`. After a shutdown, only makes sure that the others know of it.
     fn leave(&self) -> DriverFuture<'_, ()>;
+    /// See `Cluster::dial`.
+    fn dial(&self, member: &Member) -> DriverFuture<'_, std::io::Result<Connection>>;
+    /// See `Cluster::overview`.
+    fn overview(&self) -> Overview;
+    /// See `Cluster::administer`.
+    fn administer(&self, request: Administration) -> DriverFuture<'_, Result<String, AdministrationError>>;
 }

@@ -17,10 +17,12 @@ use sheep_core::command::{Command, Outcome};
 use sheep_core::member::{Member, NodeId};
 use tokio::sync::watch;
 
-use super::Cluster;
+use super::administration::{self, Administration, AdministrationError, Overview};
 use super::driver::{Driver, DriverFuture, OrderError};
 use super::order_log::OrderLog;
+use super::{Cluster, Fence};
 use crate::world::disk::{FileLock, Files};
+use crate::world::net::{Connection, Endpoint};
 use crate::world::{World, disk};
 
 /// How often the log is looked at. A command of another process is seen after this at the latest; a tenth of it would
@@ -65,7 +67,8 @@ pub async fn join(
         alive: Mutex::new(Some(alive)),
     });
     tokio::spawn(follow(local.clone()));
-    Ok(Cluster::new(node, Arc::new(local), receiver))
+    let fence = Fence::always_open(world.clock.clone());
+    Ok(Cluster::new(node, Arc::new(local), Arc::new(fence), receiver))
 }
 
 async fn take_own_lock(
@@ -259,10 +262,31 @@ impl Driver for Arc<Local> {
         Box::pin(async move {
             let command = Command::Evict { nodes: vec![self.member.id], time: self.world.clock.wall().to_wire() };
             let departing = self.alive.lock().unwrap_or_else(PoisonError::into_inner).take();
+            if self.state.borrow().phase == Phase::Shutdown {
+                // The members of the last epoch are those who are waited for.
+                return;
+            }
             if let Err(error) = self.order(command).await {
                 tracing::warn!("left without saying so: {error}");
             }
             drop(departing);
         })
+    }
+
+    fn dial(&self, member: &Member) -> DriverFuture<'_, std::io::Result<Connection>> {
+        let address = member.peer_endpoint.parse();
+        Box::pin(async move {
+            let address = address.map_err(|error| std::io::Error::new(std::io::ErrorKind::InvalidInput, error))?;
+            self.world.net.connect(&Endpoint::Tcp(address)).await
+        })
+    }
+
+    fn overview(&self) -> Overview {
+        let nodes = administration::members_of(&self.state.borrow());
+        Overview { driver: "local", has_quorum: true, nodes, ..Overview::default() }
+    }
+
+    fn administer(&self, _request: Administration) -> DriverFuture<'_, Result<String, AdministrationError>> {
+        Box::pin(async { Err(AdministrationError::NotWithThisDriver("admission or key")) })
     }
 }

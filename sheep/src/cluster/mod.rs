@@ -3,35 +3,47 @@
 //! A driver puts commands into one order and applies them to its copy of the [`ClusterState`]; everybody else on this
 //! node sees that copy through [`Cluster::state`]. What a driver promises is in [`driver::Driver`].
 
+pub mod administration;
 pub mod consensus;
 pub mod discovery;
 pub mod driver;
+pub mod fence;
 pub mod gossip;
 pub mod local;
 pub mod mesh;
 mod order_log;
+pub mod quorum;
 
 use std::sync::Arc;
 
 use sheep_core::cluster_state::ClusterState;
 use sheep_core::command::{Command, Outcome};
-use sheep_core::member::NodeId;
+use sheep_core::member::{Member, NodeId};
 use tokio::sync::watch;
 
+use crate::world::net::Connection;
+pub use administration::{Administration, AdministrationError, LinkOverview, NodeOverview, Overview};
 pub use driver::{Driver, OrderError};
+pub use fence::Fence;
 
 /// This node's part in the order. Cloning it is cheap.
 #[derive(Clone)]
 pub struct Cluster {
     node: NodeId,
     driver: Arc<dyn Driver>,
+    fence: Arc<Fence>,
     state: watch::Receiver<Arc<ClusterState>>,
 }
 
 impl Cluster {
     /// Wraps a driver that has joined.
-    pub fn new(node: NodeId, driver: Arc<dyn Driver>, state: watch::Receiver<Arc<ClusterState>>) -> Cluster {
-        Cluster { node, driver, state }
+    pub fn new(
+        node: NodeId,
+        driver: Arc<dyn Driver>,
+        fence: Arc<Fence>,
+        state: watch::Receiver<Arc<ClusterState>>,
+    ) -> Cluster {
+        Cluster { node, driver, fence, state }
     }
 
     /// Who this node is.
@@ -58,6 +70,26 @@ impl Cluster {
     pub async fn barrier(&self) -> Result<Arc<ClusterState>, OrderError> {
         self.driver.barrier().await?;
         Ok(self.state())
+    }
+
+    /// Whether clients may be answered: see [`Fence`].
+    pub fn fence(&self) -> &Fence {
+        &self.fence
+    }
+
+    /// A connection to a member for the data path.
+    pub async fn dial(&self, member: &Member) -> std::io::Result<Connection> {
+        self.driver.dial(member).await
+    }
+
+    /// What only the driver knows, for people and scripts.
+    pub fn overview(&self) -> Overview {
+        self.driver.overview()
+    }
+
+    /// Asks the driver for something that is no command of the order.
+    pub async fn administer(&self, request: Administration) -> Result<String, AdministrationError> {
+        self.driver.administer(request).await
     }
 
     /// Says good-bye: the others go on without this node at once.

@@ -26,6 +26,7 @@ use sheep_core::history::Answer;
 use sheep_core::member::NodeId;
 use sheep_core::peer_message::{FLAG_COPY, FLAG_CREATE, FLAG_DURABLE, PeerKind, PeerRequest, Verdict};
 use sheep_core::stamp::{Epoch, Stamp, Version};
+use sheep_core::write_fate::{Fate, WriteFates};
 use tokio::sync::{Notify, oneshot, watch};
 
 use super::view::View;
@@ -73,6 +74,8 @@ struct State {
     dropped: HashSet<Oid>,
     /// Per VDI, what its writer has told.
     marks: HashMap<VdiId, Marks>,
+    /// For gateways that lost their lease in the middle of a write.
+    fates: WriteFates,
 }
 
 /// What is known of the writes of one lease.
@@ -213,6 +216,7 @@ impl Holder {
             deferred_bytes: 0,
             dropped: HashSet::new(),
             marks: HashMap::new(),
+            fates: WriteFates::default(),
         };
         Holder {
             node,
@@ -550,6 +554,7 @@ impl Holder {
             state.deferred_bytes = 0;
             state.suspects.clear();
             state.damaged.clear();
+            state.fates.forget_all();
             state.wiping = true;
         }
         let last = Version { epoch: Epoch(u32::MAX), stamp: Stamp { generation: u32::MAX, sequence: u64::MAX } };
@@ -698,6 +703,10 @@ impl Holder {
 
     fn submit(&self, state: &mut State, request: &PeerRequest, data: Bytes, permit: Permit) -> Pending {
         let version = Version { epoch: request.epoch, stamp: request.stamp };
+        let before = self.store.entry(request.oid).map(|entry| entry.version.stamp);
+        if let Some(before) = before.filter(|before| before.generation < request.stamp.generation) {
+            state.fates.generation_ends(request.oid.raw(), before);
+        }
         if request.kind == PeerKind::Remove || request.has(FLAG_CREATE) {
             // Whatever was damaged is replaced.
             state.damaged.remove(&request.oid);
@@ -723,6 +732,25 @@ impl Holder {
             Err(SubmitError::Stopped(error)) => Pending::Ticket(Ticket::failed(error), self.failure.clone()),
             Err(error) => Pending::Now(verdict_of(&error)),
         }
+    }
+
+    /// What became of a write, as this node's copy tells.
+    pub fn fate(&self, request: &PeerRequest) -> Result<Fate, Verdict> {
+        let current = self.check_current(request);
+        if current == Err(Verdict::OldEpoch) {
+            return Err(Verdict::OldEpoch);
+        }
+        let state = self.state();
+        if current.is_err() || !holds_now(&state, self.node, request.oid) {
+            return Ok(state.fates.seen(request.oid.raw(), request.stamp));
+        }
+        let now = self.store.entry(request.oid).map(|entry| entry.version.stamp);
+        Ok(state.fates.fate(request.oid.raw(), now, request.stamp))
+    }
+
+    /// This node's copy of an object was replaced by another node's.
+    pub fn was_replaced(&self, oid: Oid, now: Stamp) {
+        self.state().fates.was_replaced(oid.raw(), now);
     }
 
     /// Makes everything written so far durable. A failure is the end of this node's part; see [`Holder::failed`].
@@ -875,6 +903,12 @@ fn note_write(state: &mut State, request: &PeerRequest) {
 /// Whether a write changes some bytes of an object and leaves the others.
 fn is_plain(request: &PeerRequest) -> bool {
     request.kind == PeerKind::Write && !request.has(FLAG_CREATE)
+}
+
+/// Whether this node must keep a copy in the present epoch.
+fn holds_now(state: &State, node: NodeId, oid: Oid) -> bool {
+    let location = state.view.locate(oid);
+    location.is_some_and(|location| state.view.holders(&location).contains(&node))
 }
 
 /// Drops what is parked of earlier lease generations: what was done is in the copies that count, the rest is refused.

@@ -5,22 +5,24 @@
 //!    of its messages checks the number and sends again what was not answered before it sends anything new.
 //! 2. Every request's callback is called exactly once: with the answer, or with [`LinkDown`].
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use bytes::Bytes;
-use sheep_core::member::NodeId;
+use sheep_core::cluster_state::Phase;
+use sheep_core::member::{Member, NodeId};
 use sheep_core::peer_message::{HEADER_BYTES, PeerAnswer, PeerKind, PeerRequest, Verdict};
 use sheep_core::stamp::Epoch;
 use tokio::sync::{oneshot, watch};
 use tokio::task::JoinHandle;
 
 use super::view::View;
+use crate::cluster::Cluster;
 use crate::world::World;
 use crate::world::frames::{FrameReader, FrameSender};
-use crate::world::net::{Connection, Endpoint};
+use crate::world::net::Connection;
 
 /// Version of the messages between nodes; another one is refused with both named.
 pub const PEER_PROTOCOL: u32 = 1;
@@ -127,14 +129,16 @@ pub struct Links {
     /// Changes whenever a link came up.
     ups: watch::Sender<u64>,
     cluster_id: Arc<AtomicU64>,
+    cluster: Cluster,
 }
 
 impl Links {
     /// No links yet.
-    pub fn new(world: World, node: NodeId) -> Links {
+    pub fn new(world: World, cluster: Cluster) -> Links {
         Links {
             world,
-            node,
+            node: cluster.node(),
+            cluster,
             slots: Mutex::new(HashMap::new()),
             numbers: Arc::new(AtomicU64::new(1)),
             ups: watch::channel(0).0,
@@ -146,8 +150,12 @@ impl Links {
     pub fn follow(&self, view: &View) {
         self.cluster_id.store(view.state.cluster_id, Ordering::Release);
         let mut slots = self.slots.lock().unwrap_or_else(PoisonError::into_inner);
+        // Before format nodes are only acquainted: there is nothing to carry.
+        let unformatted = BTreeMap::new();
+        let acquainted_only = view.state.needs_majority && view.state.phase == Phase::Unformatted;
+        let members = if acquainted_only { &unformatted } else { &view.state.members };
         slots.retain(|node, slot| {
-            let member = view.state.members.get(node);
+            let member = members.get(node);
             let keep = member.is_some_and(|member| member.member.peer_endpoint == slot.endpoint);
             if !keep {
                 slot.task.abort();
@@ -157,26 +165,26 @@ impl Links {
             }
             keep
         });
-        for member in view.state.members.values().map(|member| &member.member) {
+        for member in members.values().map(|member| &member.member) {
             if member.id != self.node && !slots.contains_key(&member.id) {
-                slots.insert(member.id, self.connect(member.id, &member.peer_endpoint));
+                slots.insert(member.id, self.connect(member));
             }
         }
     }
 
-    fn connect(&self, node: NodeId, endpoint: &str) -> Slot {
+    fn connect(&self, member: &Member) -> Slot {
         let (link, _) = watch::channel(None);
         let connector = Connector {
             world: self.world.clone(),
             from: self.node,
-            to: node,
-            endpoint: endpoint.to_string(),
+            to: member.clone(),
+            cluster: self.cluster.clone(),
             link: link.clone(),
             numbers: self.numbers.clone(),
             ups: self.ups.clone(),
             cluster_id: self.cluster_id.clone(),
         };
-        Slot { endpoint: endpoint.to_string(), link, task: tokio::spawn(connector.run()) }
+        Slot { endpoint: member.peer_endpoint.clone(), link, task: tokio::spawn(connector.run()) }
     }
 
     /// The link to a member, if it is up.
@@ -213,8 +221,8 @@ impl Links {
 struct Connector {
     world: World,
     from: NodeId,
-    to: NodeId,
-    endpoint: String,
+    to: Member,
+    cluster: Cluster,
     link: watch::Sender<Option<Arc<Link>>>,
     numbers: Arc<AtomicU64>,
     ups: watch::Sender<u64>,
@@ -223,15 +231,10 @@ struct Connector {
 
 impl Connector {
     async fn run(self) {
-        let Ok(address) = self.endpoint.parse() else {
-            tracing::error!("node {} has an address that makes no sense: {}", self.to, self.endpoint);
-            return;
-        };
-        let endpoint = Endpoint::Tcp(address);
         loop {
-            match self.world.net.connect(&endpoint).await {
+            match self.cluster.dial(&self.to).await {
                 Ok(connection) => self.serve(connection).await,
-                Err(error) => tracing::debug!("cannot reach node {} at {endpoint}: {error}", self.to),
+                Err(error) => tracing::debug!("cannot reach {} ({}): {error}", self.to.id, self.to.peer_endpoint),
             }
             self.world.clock.sleep(RECONNECT_INTERVAL).await;
         }
@@ -261,7 +264,7 @@ impl Connector {
             Ok(Some((answer, _))) if answer.verdict == Verdict::Ok => {}
             Ok(Some((answer, reason))) => {
                 let reason = String::from_utf8_lossy(&reason);
-                tracing::debug!("node {} does not talk to us ({:?}): {reason}", self.to, answer.verdict);
+                tracing::debug!("node {} does not talk to us ({:?}): {reason}", self.to.id, answer.verdict);
                 return;
             }
             Ok(None) | Err(_) => return,
@@ -273,7 +276,7 @@ impl Connector {
                 Ok(Some((answer, payload))) => link.answered(answer, payload),
                 Ok(None) => break,
                 Err(error) => {
-                    tracing::debug!("the connection to node {} broke: {error}", self.to);
+                    tracing::debug!("the connection to node {} broke: {error}", self.to.id);
                     break;
                 }
             }

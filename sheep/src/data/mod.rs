@@ -30,6 +30,7 @@ use sheep_core::peer_message::{PeerKind, PeerRequest};
 use sheep_core::stamp::Epoch;
 use tokio::sync::watch;
 
+pub use crate::cluster::Administration;
 use crate::cluster::Cluster;
 use crate::store::Store;
 use crate::world::World;
@@ -56,7 +57,7 @@ struct Inner {
     progress: Progress,
     turns: Turns,
     inode_turns: Turns,
-    /// Commands in the state that the store keeps.
+    /// Number of the view whose state the store keeps.
     saved: tokio::sync::Mutex<u64>,
 }
 
@@ -68,7 +69,7 @@ impl Data {
         let node = cluster.node();
         let holder = store.map(|store| Arc::new(Holder::new(node, store, view.clone())));
         let inner = Inner {
-            links: Links::new(world.clone(), node),
+            links: Links::new(world.clone(), cluster.clone()),
             world,
             cluster,
             view: watch::channel(view).0,
@@ -159,6 +160,13 @@ impl Data {
     /// Waits until the data path has come to everything that the order has here.
     pub async fn settle_in(&self) {
         self.await_applied(self.cluster().state().applied).await;
+    }
+
+    /// Waits until the view is as wanted.
+    pub async fn await_view(&self, wanted: impl Fn(&View) -> bool) {
+        let mut views = self.inner.view.subscribe();
+        // The sender lives as long as this.
+        let _ = views.wait_for(|view| wanted(view)).await;
     }
 
     /// Waits until the view has come to a command that the order has.

@@ -10,6 +10,7 @@ use sheep_core::peer_message::{
     FLAG_WAIT, HEADER_BYTES, ListEntry, PAYLOAD_BYTES_MAX, PeerAnswer, PeerKind, PeerRequest, Verdict,
 };
 use sheep_core::stamp::Epoch;
+use sheep_core::write_fate::Fate;
 
 use super::Data;
 use super::gateway::lease_table;
@@ -141,7 +142,9 @@ async fn handle(data: &Data, request: &PeerRequest) -> (PeerAnswer, Bytes) {
     let epoch = data.view().epoch();
     let mut header = PeerAnswer::new(request.id, Verdict::Ok, epoch);
     if request.kind == PeerKind::YieldLease {
-        lease_table::give_back(data, request.oid.vid()).await;
+        if !lease_table::hand_over(data, request.oid.vid(), request.sender).await {
+            header.verdict = Verdict::Busy;
+        }
         return (header, Bytes::new());
     }
     let Some(holder) = data.holder() else {
@@ -157,6 +160,7 @@ async fn handle(data: &Data, request: &PeerRequest) -> (PeerAnswer, Bytes) {
         PeerKind::Read => read(data, holder, request).await,
         PeerKind::Fetch => fetch(holder, request, &mut header).await,
         PeerKind::Query => query(holder, request),
+        PeerKind::Fate => fate(holder, request).map(|()| Bytes::new()),
         PeerKind::Extents => holder.extents(request).await.map(|extents| encode_extents(&extents)),
         PeerKind::List => list(data, holder, request).await,
         PeerKind::Suspects => suspects(holder, request),
@@ -193,6 +197,16 @@ async fn read(data: &Data, holder: &Arc<Holder>, request: &PeerRequest) -> Resul
         ensure_current(data, request.oid, request.epoch).await.map_err(|_| Verdict::OldEpoch)?;
     }
     holder.read(request).await
+}
+
+/// What became of a write: see `PeerKind::Fate`.
+fn fate(holder: &Holder, request: &PeerRequest) -> Result<(), Verdict> {
+    match holder.fate(request)? {
+        Fate::Applied => Ok(()),
+        Fate::NotApplied => Err(Verdict::Missing),
+        Fate::Harmless => Err(Verdict::Invalid),
+        Fate::Unknown => Err(Verdict::Busy),
+    }
 }
 
 fn encode_extents(extents: &[std::ops::Range<u64>]) -> Bytes {

@@ -31,6 +31,13 @@ impl Data {
                 view.state.settings.copies
             ));
         }
+        if view.state.is_running() && zones < usize::from(view.state.min_copies(view.state.settings.copies)) {
+            sentences.push(format!(
+                "writes to volumes of {} copies wait: one copy alone is not enough; start a node of another zone (or go on \
+                 without: dog cluster recover force)",
+                view.state.settings.copies
+            ));
+        }
         let blocked = *self.progress().blocked.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some((oid, epoch)) = blocked
             && self.holder().is_some_and(|holder| !holder.is_current(oid))

@@ -14,6 +14,8 @@ pub const ATTRIBUTE_BYTES: u64 = qemu_proto::attr::ATTR_BYTES as u64;
 
 /// Immutable; requests carry one through.
 pub struct View {
+    /// Goes up with every view of this process.
+    pub number: u64,
     /// The ordered state.
     pub state: Arc<ClusterState>,
     /// The epochs since the last clean one, with their rings.
@@ -35,7 +37,7 @@ impl View {
     /// The view of a state; rings are taken over from `previous` where they are the same.
     pub fn new(state: Arc<ClusterState>, previous: Option<&View>) -> View {
         let history = History::of(&state, previous.map(|view| &view.history));
-        View { state, history }
+        View { number: previous.map_or(0, |view| view.number + 1), state, history }
     }
 
     /// The current epoch.

@@ -8,6 +8,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
+use sheep_core::admission::Admission;
 use sheep_core::cluster_state::ClusterState;
 use sheep_core::peer_message::{PeerKind, PeerRequest};
 
@@ -114,12 +115,14 @@ async fn save(data: &Data, view: &View) {
     let Some(holder) = data.holder() else { return };
     let mut saved = data.saved().lock().await;
     // Whoever comes late must not put an older state over a newer one.
-    if *saved > view.state.applied {
+    if *saved > view.number {
         return;
     }
-    let bytes = postcard::to_allocvec(&*view.state).expect("the state's types have no unserialisable values");
+    // The driver keeps the cluster key, where only its owner can read it.
+    let kept = ClusterState { admission: Admission::default(), ..ClusterState::clone(&view.state) };
+    let bytes = postcard::to_allocvec(&kept).expect("the state's types have no unserialisable values");
     match holder.store().save_state(bytes).await {
-        Ok(()) => *saved = view.state.applied,
+        Ok(()) => *saved = view.number,
         Err(error) => tracing::error!("cannot keep the cluster's state in the store: {error}"),
     }
 }

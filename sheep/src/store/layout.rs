@@ -7,7 +7,7 @@ pub const LOCK: &str = "lock";
 /// Identity and format of the store, in META; written last when a store is made.
 pub const SUPERBLOCK: &str = "superblock";
 /// The floors above keep their state here, in META.
-pub const CLUSTER: &str = "cluster";
+pub const CLUSTER: &str = "state";
 /// The write-ahead journal, in META or in the directory given for it.
 pub const JOURNAL: &str = "journal";
 /// The checkpointed index, in META.

@@ -7,7 +7,9 @@
 
 use std::future::Future;
 use std::pin::Pin;
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use rustix::time::{ClockId, clock_gettime};
 
 /// Seconds and nanoseconds since 1970-01-01 UTC, for labels such as a volume's creation time.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
@@ -35,15 +37,21 @@ pub trait Clock: Send + Sync + 'static {
     fn sleep(&self, duration: Duration) -> Pin<Box<dyn Future<Output = ()> + Send>>;
 }
 
-/// The machine's own clocks.
+/// The machine's own clocks. The monotonic one goes on while the machine is suspended (CLOCK_BOOTTIME): a node that wakes up
+/// must find its rights run out.
 pub struct RealClock {
-    start: Instant,
+    start: Duration,
+}
+
+fn boot_time() -> Duration {
+    let now = clock_gettime(ClockId::Boottime);
+    Duration::new(now.tv_sec as u64, now.tv_nsec as u32)
 }
 
 impl RealClock {
     /// A clock whose monotonic zero is now.
     pub fn new() -> RealClock {
-        RealClock { start: Instant::now() }
+        RealClock { start: boot_time() }
     }
 }
 
@@ -55,7 +63,7 @@ impl Default for RealClock {
 
 impl Clock for RealClock {
     fn monotonic(&self) -> Duration {
-        self.start.elapsed()
+        boot_time().saturating_sub(self.start)
     }
 
     fn wall(&self) -> WallTime {

@@ -82,6 +82,14 @@ pub trait Neighbours: Send {
     fn next(&mut self) -> NetFuture<'_, Vec<SocketAddr>>;
 }
 
+/// Whether an address says where to go without an interface's name beside it.
+pub(super) fn is_reachable_by_itself(address: &IpAddr) -> bool {
+    match address {
+        IpAddr::V4(_) => true,
+        IpAddr::V6(address) => !address.is_unicast_link_local(),
+    }
+}
+
 fn no_such_door<'a, T>(what: &'static str) -> NetFuture<'a, T> {
     Box::pin(async move { Err(io::Error::new(io::ErrorKind::Unsupported, what)) })
 }

@@ -11,8 +11,7 @@ use std::time::{Duration, Instant};
 
 use mdns_sd::{DaemonEvent, Receiver, ResolvedService, ServiceDaemon, ServiceEvent, ServiceInfo};
 
-use super::net::{Announcement, Neighbours, NetFuture};
-use super::real_net::is_reachable_by_itself;
+use super::net::{Announcement, Neighbours, NetFuture, is_reachable_by_itself};
 
 const SERVICE: &str = "_sheep._tcp.local.";
 /// A label of a DNS name (RFC 1035).

@@ -7,7 +7,9 @@ use std::path::PathBuf;
 use rustix::net::{AddressFamily, SocketType, ipproto, sockopt};
 use tokio::net::{TcpListener, TcpStream, UdpSocket, UnixListener, UnixStream};
 
-use super::net::{Announcement, Connection, Datagram, Endpoint, Listener, Neighbours, Net, NetFuture};
+use super::net::{
+    Announcement, Connection, Datagram, Endpoint, Listener, Neighbours, Net, NetFuture, is_reachable_by_itself,
+};
 use super::real_mdns::RealNeighbours;
 
 /// Connections that wait for `accept`: as many as the kernel allows (listen(2) cuts it to net.core.somaxconn).
@@ -89,14 +91,6 @@ impl Net for RealNet {
 
     fn neighbours(&self, announcement: &Announcement) -> io::Result<Box<dyn Neighbours>> {
         Ok(Box::new(RealNeighbours::start(announcement)?))
-    }
-}
-
-/// Whether an address says where to go without an interface's name beside it.
-pub(super) fn is_reachable_by_itself(address: &IpAddr) -> bool {
-    match address {
-        IpAddr::V4(_) => true,
-        IpAddr::V6(address) => !address.is_unicast_link_local(),
     }
 }
 
@@ -187,5 +181,33 @@ impl Datagram for RealDatagram {
 
     fn local(&self) -> SocketAddr {
         self.local
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn datagrams_pass_on_loopback() {
+        for text in ["127.0.0.1:0", "[::1]:0"] {
+            let address: SocketAddr = text.parse().expect("an address");
+            // A machine without IPv6 has nothing to test here.
+            let Ok(one) = RealNet.bind_datagram(address).await else { continue };
+            let two = RealNet.bind_datagram(address).await.expect("a second socket");
+            one.send_to(b"hello", two.local()).await.expect("sent");
+            let mut buffer = [0; 3];
+            let (length, from) = two.recv_from(&mut buffer).await.expect("received");
+            assert_eq!((&buffer[..length], from), (b"hel".as_slice(), one.local()), "cut off, and told from where");
+        }
+    }
+
+    #[tokio::test]
+    async fn addresses_are_their_own_names() {
+        let found = RealNet.resolve("127.0.0.1", 7010).await.expect("no name server is asked");
+        assert_eq!(found, [SocketAddr::from(([127, 0, 0, 1], 7010))]);
+        for address in RealNet.local_addresses().expect("interfaces can be listed") {
+            assert!(!address.is_loopback() && is_reachable_by_itself(&address));
+        }
     }
 }

@@ -131,6 +131,11 @@ impl Consensus {
         }
     }
 
+    /// Whether this node may stand for election: one that was replaced as a voter must not disturb the others.
+    pub fn set_may_elect(&self, may: bool) {
+        self.raft.runtime_config().elect(may);
+    }
+
     /// Begins the order with these voters. Any of them may do it, and only one should.
     pub async fn initialize(&self, voters: BTreeSet<NodeId>) -> Result<(), ProposeError> {
         match self.raft.initialize(numbers(&voters)).await {

@@ -143,7 +143,10 @@ impl Writer {
     fn begin(files: &dyn Files, directory: PathBuf, cluster: u64, found: Found) -> Result<(Writer, Image), OrderError> {
         let number = found.files.last_key_value().map_or(0, |(number, _)| *number);
         let path = log_file::path(&directory, number);
-        let file = files.open(&path, OpenMode::Create).map_err(failed("open", &path))?;
+        // The log holds what the cluster keeps secret.
+        let exists = files.exists(&path).map_err(failed("look for", &path))?;
+        let mode = if exists { OpenMode::Write } else { OpenMode::Private };
+        let file = files.open(&path, mode).map_err(failed("open", &path))?;
         let position = found.last_bytes.unwrap_or(0);
         if file.len().map_err(failed("read", &path))? > position {
             tracing::warn!("cut a torn record off {} at byte {position}", path.display());
@@ -208,7 +211,7 @@ impl Writer {
 
     fn begin_next_file(&mut self, files: &dyn Files, begin: &Record) -> Result<(), OrderError> {
         let path = log_file::path(&self.directory, self.number + 1);
-        self.file = files.open(&path, OpenMode::Truncate).map_err(failed("create", &path))?;
+        self.file = files.open(&path, OpenMode::Private).map_err(failed("create", &path))?;
         self.number += 1;
         self.position = 0;
         self.files.insert(self.number, None);

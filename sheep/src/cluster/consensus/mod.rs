@@ -136,6 +136,8 @@ pub struct Published {
     pub state: Arc<ClusterState>,
     /// What proposers were answered.
     pub sessions: Arc<BTreeMap<NodeId, Arc<Session>>>,
+    /// See `Machine::entries`.
+    pub entries: u64,
 }
 
 /// What a node is in the order.

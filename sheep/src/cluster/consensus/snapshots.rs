@@ -185,6 +185,7 @@ impl Current {
             term: self.last.map_or(0, |last| last.leader_id.term),
             state: self.machine.state.clone(),
             sessions: self.machine.sessions.clone(),
+            entries: self.machine.entries,
         }
     }
 
@@ -204,7 +205,7 @@ pub(super) fn meta_of(
 
 fn replace(files: &dyn Files, directory: &Path, bytes: &[u8]) -> Result<(), OrderError> {
     let (temporary, path) = (directory.join("snapshot.new"), directory.join("snapshot"));
-    let file = files.open(&temporary, OpenMode::Truncate).map_err(failed("create", &temporary))?;
+    let file = files.open(&temporary, OpenMode::Private).map_err(failed("create", &temporary))?;
     file.write_at(&[IoSlice::new(bytes)], 0).map_err(failed("write", &temporary))?;
     file.sync_data().map_err(failed("sync", &temporary))?;
     files.rename(&temporary, &path).map_err(failed("rename", &temporary))?;

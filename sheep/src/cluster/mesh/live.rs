@@ -11,6 +11,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::task::{Context, Poll, Waker};
 
+use sheep_core::member::NodeId;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
 use super::types::{Peer, Trust};
@@ -59,6 +60,18 @@ impl Live {
             peer: connection.peer,
         };
         (connection, cut)
+    }
+
+    /// Cuts every connection with one node.
+    pub fn cut_off(&self, node: NodeId) {
+        let entries = self.entries.lock().unwrap_or_else(PoisonError::into_inner);
+        let of_node =
+            entries.open.values().filter(|(_, shown)| shown.peer.as_ref().is_some_and(|peer| peer.node == node));
+        let cuts: Vec<Arc<Cut>> = of_node.filter_map(|(cut, _)| cut.upgrade()).collect();
+        drop(entries);
+        for cut in cuts {
+            cut.cut();
+        }
     }
 
     /// Cuts every connection that would not come about again in the same way.

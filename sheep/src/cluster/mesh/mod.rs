@@ -157,6 +157,11 @@ impl Mesh {
         self.shared.live.reconsider(&*self.shared.myself.trust);
     }
 
+    /// Cuts every connection with one node, those for objects too: they are made anew at once where that works.
+    pub fn cut_off(&self, node: NodeId) {
+        self.shared.live.cut_off(node);
+    }
+
     /// Says hello at an address once. Who is there is also told as [`Event::Met`].
     pub async fn contact(&self, address: SocketAddr) -> Result<Arc<Peer>, ContactError> {
         let mut established = self.shared.dial(address, Channel::Control, false).await?;

@@ -97,6 +97,7 @@ fn address(data: &Data, lease: &Arc<Lease>, state: &mut LeaseState, view: &View,
     let holders = view.holders(&write.location);
     write.waiting.clear();
     write.waiting.extend_from_slice(&holders);
+    write.enough = holders.len() >= usize::from(view.state.min_copies(write.location.copies));
     write.taken = 0;
     write.refused.clear();
     if !holders.contains(&data.node()) {
@@ -185,6 +186,8 @@ pub fn answered(data: &Data, lease: &Arc<Lease>, sequence: u64, node: NodeId, ep
     match (write.taken, write.refused.first().copied()) {
         // Nobody defers without a steady holder, and those have taken it or refused it.
         (0, None) => finish(data, lease, &mut state, sequence, Err(WriteError::Failed)),
+        // Too few copies: the write waits for an epoch with more holders, and is sent again then.
+        (_, None) if !write.enough => {}
         (_, None) => finish(data, lease, &mut state, sequence, Ok(())),
         (0, Some((_, error))) => finish(data, lease, &mut state, sequence, Err(error)),
         // Some have it and some do not: those that do not get the others' copy before the write is over, and until then

@@ -10,6 +10,7 @@
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use bytes::Bytes;
 use qemu_proto::oid::{Oid, VdiId};
@@ -28,6 +29,8 @@ pub struct Lease {
     pub vdi: VdiId,
     /// Of the grant.
     pub generation: u32,
+    /// When this gateway got it, by its monotonic clock.
+    pub since: Duration,
     state: Mutex<LeaseState>,
     /// Told when a write ended.
     pub ended: Notify,
@@ -69,6 +72,8 @@ pub struct WriteUnderWay {
     pub location: Location,
     /// Journal space for the copy on this node, until it is submitted there.
     pub permit: Option<Permit>,
+    /// Whether the current epoch has as many holders as it takes to acknowledge a write.
+    pub enough: bool,
     /// Holders that have not answered in the current epoch.
     pub waiting: Vec<NodeId>,
     /// Holders that have taken it in the current epoch, deferring ones not counted.
@@ -93,10 +98,11 @@ impl WriteUnderWay {
 
 impl Lease {
     /// A lease that was just granted.
-    pub fn new(vdi: VdiId, generation: u32) -> Arc<Lease> {
+    pub fn new(vdi: VdiId, generation: u32, since: Duration) -> Arc<Lease> {
         Arc::new(Lease {
             vdi,
             generation,
+            since,
             state: Mutex::new(LeaseState {
                 sequence: 0,
                 epoch: Epoch(0),

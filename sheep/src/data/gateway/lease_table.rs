@@ -1,4 +1,7 @@
-//! Which VDIs this gateway may write to: takes writer leases, keeps them, gives them back when asked.
+//! Which VDIs this gateway may write to: takes writer leases, keeps them, passes them on when asked.
+//!
+//! A lease that another gateway holds is asked for there: the holder serves those who ask in the order they came, drains, and
+//! passes it on with one command. Each holder keeps it for a moment at least, so that whoever waited gets something done.
 
 use std::collections::HashMap;
 use std::sync::{Arc, PoisonError};
@@ -7,6 +10,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use qemu_proto::oid::{Oid, VdiId};
 use sheep_core::command::{Command, Outcome, Refusal};
+use sheep_core::member::NodeId;
 use sheep_core::peer_message::{PeerKind, PeerRequest};
 use tokio::sync::Mutex;
 
@@ -20,6 +24,9 @@ const PATIENCE: Duration = Duration::from_secs(2);
 /// Between attempts to get a lease that another gateway does not let go of.
 const RETRY_INTERVAL: Duration = Duration::from_millis(20);
 
+/// A lease is kept at least this long for the writes that waited for it: longer than they take to be sent, much shorter than
+/// anybody who asks for it would notice.
+const TENURE: Duration = Duration::from_millis(3);
 /// Between attempts to hold a lease that is about to be given back.
 const HOLD_INTERVAL: Duration = Duration::from_millis(1);
 
@@ -83,30 +90,104 @@ pub async fn acquire(data: &Data, vdi: VdiId) -> Result<Arc<Lease>, WriteError> 
         earlier.drain().await;
     }
     loop {
+        if let Some(holder) = holder_elsewhere(data, vdi) {
+            ask_for(data, vdi, holder).await;
+            if let Some(generation) = passed_on_to_here(data, vdi) {
+                return Ok(begin(data, vdi, generation, &mut current).await);
+            }
+            continue;
+        }
         let command = Command::AcquireLease { vdi, node: data.node() };
         match data.cluster().propose(command).await {
-            Ok(Outcome::Lease(generation)) => {
-                // Whoever decides under the lease must see what was ordered before it: the VDI may be a snapshot by now.
-                data.await_applied(data.cluster().state().applied).await;
-                let lease = Lease::new(vdi, generation);
-                *current = Some(lease.clone());
-                data.leases().set_held(vdi, Some(lease.clone()));
-                return Ok(lease);
-            }
-            Ok(Outcome::Refused(Refusal::LeaseHeldBy(holder))) => {
-                let mut request = PeerRequest::new(PeerKind::YieldLease, data.view().epoch(), data.node());
-                request.oid = Oid::inode(vdi);
-                let yielded = data.links().call(holder, request, Bytes::new(), PATIENCE).await;
-                if yielded.is_err() {
-                    // It may be dead: then its eviction frees the lease.
-                    data.world().clock.sleep(RETRY_INTERVAL).await;
-                }
+            Ok(Outcome::Lease(generation)) => return Ok(begin(data, vdi, generation, &mut current).await),
+            // Somebody was faster: the state says who.
+            Ok(Outcome::Refused(Refusal::LeaseHeldBy(_))) => {}
+            // A node that was taken out waits until it is in again: its clients must not notice.
+            Ok(Outcome::Refused(Refusal::NoEffect | Refusal::Waiting)) if data.cluster().state().needs_majority => {
+                data.world().clock.sleep(RETRY_INTERVAL).await;
             }
             Ok(_) => return Err(WriteError::NotRunning),
             Err(error) => {
                 tracing::warn!("cannot take the writer lease of VDI {vdi}: {error}");
                 return Err(WriteError::Order);
             }
+        }
+    }
+}
+
+/// Another member that holds the lease, as far as is known here.
+fn holder_elsewhere(data: &Data, vdi: VdiId) -> Option<NodeId> {
+    let state = data.cluster().state();
+    let holder = state.leases.get(&vdi.get())?.holder?;
+    (holder != data.node() && state.members.contains_key(&holder)).then_some(holder)
+}
+
+/// The generation of a lease that its holder has passed on to this node.
+fn passed_on_to_here(data: &Data, vdi: VdiId) -> Option<u32> {
+    let state = data.cluster().state();
+    let lease = state.leases.get(&vdi.get())?;
+    (lease.holder == Some(data.node())).then_some(lease.generation)
+}
+
+/// Asks the holder to pass the lease on, and waits until it did or somebody else has it.
+async fn ask_for(data: &Data, vdi: VdiId, holder: NodeId) {
+    let mut request = PeerRequest::new(PeerKind::YieldLease, data.view().epoch(), data.node());
+    request.oid = Oid::inode(vdi);
+    let asked = async {
+        if data.links().call(holder, request, Bytes::new(), PATIENCE).await.is_err() {
+            tracing::debug!("node {holder}, which has the lease of VDI {vdi}, was not reached");
+        }
+        // The answer may be here before the state that it is about; or the holder is dead, and its eviction frees the lease.
+        data.world().clock.sleep(RETRY_INTERVAL).await;
+    };
+    let mut states = data.cluster().watch();
+    // Two gateways may each think that the other one has it; whoever is behind learns better here.
+    let moved_on = states.wait_for(|state| {
+        let lease = state.leases.get(&vdi.get());
+        lease.is_none_or(|lease| lease.holder != Some(holder)) || !state.members.contains_key(&holder)
+    });
+    tokio::select! {
+        () = asked => {}
+        // The sender lives as long as this.
+        _ = moved_on => {}
+    }
+}
+
+/// The lease is this gateway's from here on.
+async fn begin(data: &Data, vdi: VdiId, generation: u32, current: &mut Option<Arc<Lease>>) -> Arc<Lease> {
+    // Whoever decides under the lease must see what was ordered before it: the VDI may be a snapshot by now.
+    data.await_applied(data.cluster().state().applied).await;
+    let lease = Lease::new(vdi, generation, data.world().clock.monotonic());
+    *current = Some(lease.clone());
+    data.leases().set_held(vdi, Some(lease.clone()));
+    lease
+}
+
+/// Drains the lease of a VDI and passes it on to a gateway that asks for it. Those who ask are served in the order they
+/// came. False if this node does not hold it (any more).
+pub async fn hand_over(data: &Data, vdi: VdiId, to: NodeId) -> bool {
+    let slot = data.leases().slot(vdi);
+    let mut current = slot.lock().await;
+    let state = data.cluster().state();
+    let Some(granted) = state.leases.get(&vdi.get()).filter(|granted| granted.holder == Some(data.node())) else {
+        return false;
+    };
+    if let Some(lease) = current.take() {
+        let rest = (lease.since + TENURE).saturating_sub(data.world().clock.monotonic());
+        if !rest.is_zero() {
+            data.world().clock.sleep(rest).await;
+        }
+        lease.drain().await;
+        fanout::send_mark(data, &lease);
+        data.leases().set_held(vdi, None);
+    }
+    let command = Command::HandOverLease { vdi, node: data.node(), generation: granted.generation, to };
+    match data.cluster().propose(command).await {
+        Ok(Outcome::Refused(_)) => false,
+        Ok(_) => true,
+        Err(error) => {
+            tracing::warn!("cannot pass on the writer lease of VDI {vdi}: {error}");
+            false
         }
     }
 }
@@ -123,7 +204,7 @@ pub async fn hold(data: &Data, vdi: VdiId) -> Result<Hold, WriteError> {
     }
 }
 
-/// Drains and gives back the lease of a VDI, because another gateway asks or this node leaves.
+/// Drains and gives back the lease of a VDI, because this node leaves.
 pub async fn give_back(data: &Data, vdi: VdiId) {
     let slot = data.leases().slot(vdi);
     let mut current = slot.lock().await;

@@ -1,7 +1,8 @@
 //! One client read: the nearest holder whose copy is current, the others if it cannot answer.
 //!
 //! A read that overlaps a write under way on this gateway waits for it, so that no reader sees bytes that a crash could
-//! still take back; a read through a gateway that is not the writer's is marked foreign and waits at the holder.
+//! still take back; a read through a gateway that is not the writer's is marked foreign and waits at the holder. The fence
+//! is looked at after the bytes were read: then nobody can have gone on without this node before they were.
 
 use std::time::Duration;
 
@@ -49,7 +50,7 @@ pub fn read_now(data: &Data, oid: Oid, offset: u64, length: usize) -> Option<Byt
     let bytes = holder.read_now(&request_for(data, &view, oid, offset, length))?.ok()?;
     // A write may have begun in between: what was read of it must be on all holders before it is told.
     let began = data.leases().held(oid.vid()).is_some_and(|lease| lease.state().touches(oid, &range));
-    (!began).then_some(bytes)
+    (!began && data.cluster().fence().is_open()).then_some(bytes)
 }
 
 /// Reads from the nearest holder that can answer.
@@ -72,8 +73,14 @@ pub async fn read(data: &Data, oid: Oid, offset: u64, length: usize) -> Result<B
                 if let Some(lease) = data.leases().held(oid.vid()) {
                     lease.await_writes(oid, &(offset..end)).await;
                 }
+                if data.cluster().fence().pass().await {
+                    // What was read may be old by now.
+                    continue;
+                }
                 return Ok(bytes);
             }
+            // A node that is alone knows nothing of what was made meanwhile.
+            Round::Missing if data.cluster().fence().pass().await => continue,
             Round::Missing => return Err(ReadFailure::Missing),
             Round::Invalid => return Err(ReadFailure::Invalid),
             Round::Again => {}
@@ -106,6 +113,7 @@ pub async fn extents(data: &Data, oid: Oid) -> Result<Vec<std::ops::Range<u64>>,
                 },
             };
             match answer {
+                Ok(_) | Err(Verdict::Missing) if data.cluster().fence().pass().await => break,
                 Ok(extents) => return Ok(extents),
                 Err(Verdict::Missing) => return Err(ReadFailure::Missing),
                 Err(_) => {}

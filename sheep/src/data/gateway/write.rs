@@ -2,10 +2,16 @@
 //!
 //! Write path 2 of 6; next: data/gateway/fanout.rs.
 
+use std::ops::Range;
+use std::sync::Arc;
+use std::time::Duration;
+
 use bytes::Bytes;
 use qemu_proto::oid::{ObjectKind, Oid};
+use sheep_core::peer_message::Verdict;
 use sheep_core::peer_message::{FLAG_COPY, FLAG_CREATE, FLAG_DURABLE, PAYLOAD_BYTES_MAX, PeerKind, PeerRequest};
 use sheep_core::stamp::Stamp;
+use sheep_core::write_fate::Fate;
 use tokio::sync::oneshot;
 
 use super::lease::{Lease, WriteUnderWay};
@@ -16,6 +22,13 @@ use crate::data::view::Location;
 /// Bytes per message to a holder: fits the smallest journal several times over, and lets other writes in between.
 const PIECE_BYTES_MAX: usize = 2 << 20;
 const _: () = assert!(PIECE_BYTES_MAX <= PAYLOAD_BYTES_MAX);
+
+/// How often the holders are asked what became of a write: they may be busy with a recovery, and the guest waits anyway.
+const FATE_ROUNDS: u32 = 500;
+/// Between the rounds; a change of members ends the wait as well.
+const FATE_INTERVAL: Duration = Duration::from_millis(20);
+/// How long one holder may take to be connected.
+const FATE_PATIENCE: Duration = Duration::from_millis(500);
 
 /// What to do with an object.
 #[derive(Clone, Debug)]
@@ -45,47 +58,139 @@ pub enum Base {
     Removal,
 }
 
-/// Writes under one lease generation only: `Fenced` if this gateway does not hold it (any more). For writes that were
-/// decided from what was read under that lease.
-pub async fn write_under(data: &Data, write: &ObjectWrite, generation: u32) -> Result<(), WriteError> {
-    attempt(data, write, Some(generation)).await
+/// A piece of a write, and what became of it so far.
+struct Piece {
+    range: Range<usize>,
+    base: Base,
+    /// Under which it was sent; nothing is known of what it did until it is `done`.
+    stamp: Option<Stamp>,
+    done: bool,
 }
 
-/// Writes to all holders. Done, it is on every one of them.
-pub async fn write(data: &Data, write: ObjectWrite) -> Result<(), WriteError> {
+/// The first piece makes the object, the others lie over it.
+fn pieces(write: &ObjectWrite) -> Vec<Piece> {
+    let mut pieces = Vec::new();
+    let mut start = 0;
     loop {
-        match attempt(data, &write, None).await {
-            // Another gateway was granted the lease meanwhile: take it back and write again, with a newer stamp.
-            Err(WriteError::Fenced) => {}
-            other => return other,
+        let end = (start + PIECE_BYTES_MAX).min(write.data.len());
+        let base = if start == 0 { write.base } else { Base::Existing };
+        pieces.push(Piece { range: start..end, base, stamp: None, done: false });
+        start = end;
+        if start == write.data.len() {
+            return pieces;
         }
     }
 }
 
-async fn attempt(data: &Data, write: &ObjectWrite, generation: Option<u32>) -> Result<(), WriteError> {
+/// Writes under one lease generation only: `Fenced` if this gateway does not hold it (any more). For writes that were
+/// decided from what was read under that lease.
+pub async fn write_under(data: &Data, write: &ObjectWrite, generation: u32) -> Result<(), WriteError> {
+    let result = attempt(data, write, &mut pieces(write), Some(generation)).await;
+    data.cluster().fence().pass().await;
+    result
+}
+
+/// Writes to all holders. Done, it is on every one of them.
+pub async fn write(data: &Data, write: ObjectWrite) -> Result<(), WriteError> {
+    let mut pieces = pieces(&write);
+    loop {
+        match attempt(data, &write, &mut pieces, None).await {
+            // Another gateway was granted the lease meanwhile: take it back and write again, with a newer stamp.
+            Err(WriteError::Fenced) => {}
+            other => {
+                // A node that lost the quorum says nothing until it has it again; what all holders took stays written.
+                data.cluster().fence().pass().await;
+                return other;
+            }
+        }
+    }
+}
+
+async fn attempt(
+    data: &Data,
+    write: &ObjectWrite,
+    pieces: &mut [Piece],
+    generation: Option<u32>,
+) -> Result<(), WriteError> {
     let location = admit(data, write)?;
     let lease = lease_table::acquire(data, write.oid.vid()).await?;
     if generation.is_some_and(|generation| generation != lease.generation) {
         return Err(WriteError::Fenced);
     }
-    if write.data.len() <= PIECE_BYTES_MAX {
-        return send(data, &lease, write, location, 0..write.data.len(), write.base).await;
+    for piece in pieces.iter_mut().filter(|piece| !piece.done) {
+        if let Some(stamp) = piece.stamp.take_if(|stamp| stamp.generation != lease.generation) {
+            piece.done = was_applied(data, write.oid, stamp, &lease).await?;
+        }
     }
-    // The first piece makes the object, the others lie over it; all are under way together, in this order.
+    // All are under way together, in this order.
     let mut under_way = Vec::new();
-    let mut start = 0;
-    while start < write.data.len() {
-        let end = (start + PIECE_BYTES_MAX).min(write.data.len());
-        let base = if start == 0 { write.base } else { Base::Existing };
-        under_way.push(enter(data, &lease, write, location, start..end, base).await?);
-        start = end;
+    for (index, piece) in pieces.iter_mut().enumerate().filter(|(_, piece)| !piece.done) {
+        let (stamp, done) = enter(data, &lease, write, location, piece.range.clone(), piece.base).await?;
+        piece.stamp = Some(stamp);
+        under_way.push((index, done));
     }
     let mut result = Ok(());
-    for done in under_way {
+    for (index, done) in under_way {
         // Every piece is waited for: a client that hears of a failure must not meet the rest of it later.
-        result = result.and(done.await.unwrap_or(Err(WriteError::Failed)));
+        let ended = done.await.unwrap_or(Err(WriteError::Failed));
+        pieces[index].done = ended.is_ok();
+        result = result.and(ended);
     }
     result
+}
+
+/// Whether a write that was under way when its lease was lost is part of what others have read and written over since: then
+/// writing it again would bring an older value back.
+async fn was_applied(data: &Data, oid: Oid, stamp: Stamp, lease: &Lease) -> Result<bool, WriteError> {
+    // The first generation after the lost one: nobody else had the lease in between.
+    if lease.generation == stamp.generation + 1 {
+        return Ok(false);
+    }
+    for _ in 0..FATE_ROUNDS {
+        let view = data.view();
+        if view.locate(oid).is_none() {
+            return Ok(false);
+        }
+        let mut request = PeerRequest::new(PeerKind::Fate, view.epoch(), data.node());
+        request.oid = oid;
+        request.stamp = stamp;
+        let mut fates = Vec::new();
+        // Those who kept a copy then may not keep one now.
+        let storing = view.state.members.values().map(|member| &member.member).filter(|member| !member.is_gateway());
+        for node in storing.map(|member| member.id) {
+            let fate = match data.holder().filter(|_| node == data.node()) {
+                Some(holder) => holder.fate(&request),
+                None => match data.links().call(node, request, Bytes::new(), FATE_PATIENCE).await {
+                    Ok((answer, _)) => fate_of(answer.verdict),
+                    Err(_) => Err(Verdict::Failed),
+                },
+            };
+            fates.push(fate);
+        }
+        if fates.contains(&Ok(Fate::Applied)) {
+            return Ok(true);
+        }
+        if fates.iter().any(|fate| matches!(fate, Ok(Fate::NotApplied | Fate::Harmless))) {
+            return Ok(false);
+        }
+        if fates.iter().all(|fate| *fate == Ok(Fate::Unknown)) {
+            break;
+        }
+        // Some are still being brought up to date.
+        data.wait_for_change(&view, FATE_INTERVAL).await;
+    }
+    tracing::error!("nobody knows any more whether a write to object {oid} was done before its lease was lost");
+    Err(WriteError::Failed)
+}
+
+fn fate_of(verdict: Verdict) -> Result<Fate, Verdict> {
+    match verdict {
+        Verdict::Ok => Ok(Fate::Applied),
+        Verdict::Missing => Ok(Fate::NotApplied),
+        Verdict::Invalid => Ok(Fate::Harmless),
+        Verdict::Busy => Ok(Fate::Unknown),
+        other => Err(other),
+    }
 }
 
 /// Whether the write may run at all, and where its object lives.
@@ -121,27 +226,15 @@ fn is_read_only(state: &sheep_core::cluster_state::ClusterState, oid: Oid) -> bo
     state.vdis.get(&oid.vid().get()).is_some_and(|vdi| vdi.is_snapshot())
 }
 
-async fn send(
-    data: &Data,
-    lease: &std::sync::Arc<Lease>,
-    write: &ObjectWrite,
-    location: Location,
-    piece: std::ops::Range<usize>,
-    base: Base,
-) -> Result<(), WriteError> {
-    let done = enter(data, lease, write, location, piece, base).await?;
-    done.await.unwrap_or(Err(WriteError::Failed))
-}
-
 /// Gives the piece its stamp and sends it.
 async fn enter(
     data: &Data,
-    lease: &std::sync::Arc<Lease>,
+    lease: &Arc<Lease>,
     write: &ObjectWrite,
     location: Location,
-    piece: std::ops::Range<usize>,
+    piece: Range<usize>,
     base: Base,
-) -> Result<oneshot::Receiver<Result<(), WriteError>>, WriteError> {
+) -> Result<(Stamp, oneshot::Receiver<Result<(), WriteError>>), WriteError> {
     let keeps_a_copy = data.view().holders(&location).contains(&data.node());
     let permit = match data.holder().filter(|_| keeps_a_copy) {
         Some(holder) => Some(holder.store().admit(piece.len() as u64).await),
@@ -176,12 +269,14 @@ async fn enter(
     if write.durable {
         request.flags |= FLAG_DURABLE;
     }
+    let stamp = request.stamp;
     let entered = WriteUnderWay {
         request,
         data: write.data.slice(piece),
         location,
         permit,
         waiting: Vec::new(),
+        enough: true,
         taken: 0,
         refused: Vec::new(),
         done: Some(done),
@@ -189,5 +284,5 @@ async fn enter(
     state.under_way.insert(sequence, entered);
     state.by_object.entry(write.oid).or_default().push(sequence);
     fanout::send(data, lease, &mut state, sequence);
-    Ok(receiver)
+    Ok((stamp, receiver))
 }

@@ -116,6 +116,7 @@ async fn fetch_once(data: &Data, holder: &Arc<Holder>, source: &Source) -> Outco
         tracing::warn!("cannot give up the copy of object {oid}: {error}");
         return Outcome::Failed;
     }
+    holder.was_replaced(oid, through);
     let shown = holder.store().entry(oid).map_or(Epoch(0), |entry| entry.version.epoch);
     match staged.install(Version { epoch: shown, stamp: through }).await {
         Ok(()) => Outcome::Done,

@@ -112,7 +112,7 @@ pub async fn negotiate(data: &Data, connection: Connection, policy: TlsPolicy) -
             (reader, writer) = (FrameReader::new(inside.reader), inside.writer);
             // Whatever was agreed on before is forgotten.
             handshake = Handshake { style: ReplyStyle::Simple, contexts: None, opened: None, ..handshake };
-            policy = TlsPolicy::None;
+            policy = TlsPolicy::None(crate::front::allowed::Allowed::default());
             continue;
         }
         if matches!(policy, TlsPolicy::Required(_)) && kind != Some(OptionKind::Abort) {

@@ -12,6 +12,7 @@ pub mod tls;
 pub mod transmission;
 pub mod wire;
 
+use super::allowed::Allowed;
 use crate::data::Data;
 use crate::world::frames::FrameSender;
 use crate::world::net::{Connection, Listener};
@@ -23,8 +24,8 @@ pub const PORT_DEFAULT: u16 = 10809;
 /// Whether clients may or must use TLS on a listening socket.
 #[derive(Clone)]
 pub enum TlsPolicy {
-    /// There are no certificates.
-    None,
+    /// There are no certificates: only clients of these networks are served.
+    None(Allowed),
     /// As the client likes: a unix socket is protected by its directory.
     Offered(Tls),
     /// Nothing is told to a client before TLS.
@@ -36,6 +37,11 @@ pub async fn listen(data: Data, listener: Box<dyn Listener>, policy: TlsPolicy) 
     loop {
         match listener.accept().await {
             Ok(connection) => {
+                if let TlsPolicy::None(allowed) = &policy
+                    && !allowed.admits(&connection.peer)
+                {
+                    continue;
+                }
                 tokio::spawn(serve(data.clone(), connection, policy.clone()));
             }
             Err(error) => {

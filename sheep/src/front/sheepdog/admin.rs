@@ -16,6 +16,7 @@ use sheep_core::member::Member;
 use super::Front;
 use super::reply::{Outcome, Reply};
 use super::wire_status::of_refusal;
+use crate::data::Administration;
 
 /// Virtual nodes shown for a member of mean capacity, as the ancestor had them: our ring has more points, in the same
 /// proportion.
@@ -44,6 +45,7 @@ pub async fn run(front: &Front, opcode: Opcode, request: &Request, payload: &[u8
         Opcode::MdInfo => md_info(front, request),
         Opcode::GetRecovery => Ok(Reply::data(Throttle::default().encode().to_vec())),
         Opcode::ClusterReport => report(front, request),
+        Opcode::ClusterAdmin => administer(front, request, payload).await,
         // Known, but not served by this version.
         _ => Err(Status::NoSupport),
     }
@@ -181,12 +183,19 @@ async fn make_fs(front: &Front, request: &Request, payload: &[u8]) -> Outcome {
     let default = |value: u8, default: u8| if value == 0 { default } else { value };
     let command = Command::Format {
         cluster_id: front.data.world().rng.next_u64().max(1),
-        copies: default(body.copies, sheep_core::cluster_state::DEFAULT_COPIES),
+        copies: default(body.copies, default_copies(front)),
         object_size_shift: default(body.block_size_shift, sheep_core::cluster_state::DEFAULT_OBJECT_SIZE_SHIFT),
         flags: body.flags,
         time: front.data.world().clock.wall().to_wire(),
     };
     propose(front, command).await
+}
+
+/// Three copies, or as many as there are zones: a cluster that needs a majority does not acknowledge what it cannot keep.
+fn default_copies(front: &Front) -> u8 {
+    let state = &front.data.view().state;
+    let zones = state.zone_count().clamp(1, usize::from(sheep_core::cluster_state::DEFAULT_COPIES)) as u8;
+    if state.needs_majority { zones } else { sheep_core::cluster_state::DEFAULT_COPIES }
 }
 
 async fn propose(front: &Front, command: Command) -> Outcome {
@@ -258,6 +267,29 @@ fn md_info(front: &Front, request: &Request) -> Outcome {
     Ok(Reply::data(encode_disks(&disks)))
 }
 
+fn phase_name(phase: &Phase) -> &'static str {
+    match phase {
+        Phase::Unformatted => "unformatted",
+        Phase::Running => "running",
+        Phase::Waiting { .. } => "waiting",
+        Phase::Shutdown => "shutdown",
+    }
+}
+
+/// Admissions, keys and the like; the answer is always JSON text, so that the reason of a refusal reaches the operator.
+async fn administer(front: &Front, request: &Request, payload: &[u8]) -> Outcome {
+    let Ok(wish) = serde_json::from_slice::<Administration>(payload) else { return Err(Status::InvalidParms) };
+    let answer = match front.data.cluster().administer(wish).await {
+        Ok(text) => serde_json::json!({ "ok": text }),
+        Err(error) => serde_json::json!({ "error": error.to_string() }),
+    };
+    let text = answer.to_string();
+    if text.len() > request.data_length as usize {
+        return Err(Status::BufferSmall);
+    }
+    Ok(Reply::data(text))
+}
+
 fn report(front: &Front, request: &Request) -> Outcome {
     let view = front.data.view();
     let recovering = front.data.progress().running.load(Ordering::Relaxed);
@@ -270,6 +302,10 @@ fn report(front: &Front, request: &Request) -> Outcome {
         "node": front.data.node().to_string(),
         "node_report": front.data.report_here(),
         "nbd": { "socket": front.nbd.socket, "port": front.nbd.port },
+        "phase": phase_name(&view.state.phase),
+        "open": view.state.admission.open,
+        "key_generation": view.state.admission.key.as_ref().map(|key| key.generation),
+        "order": front.data.cluster().overview(),
     });
     let text = text.to_string();
     if text.len() > request.data_length as usize {

@@ -16,6 +16,7 @@ use std::sync::Arc;
 
 use tokio::sync::Notify;
 
+use super::allowed::Allowed;
 use crate::data::Data;
 use crate::world::net::Listener;
 
@@ -42,10 +43,13 @@ pub struct NbdPlaces {
 }
 
 /// Takes clients' connections until the process ends.
-pub async fn listen(front: Front, listener: Box<dyn Listener>) {
+pub async fn listen(front: Front, listener: Box<dyn Listener>, allowed: Allowed) {
     loop {
         match listener.accept().await {
             Ok(connection) => {
+                if !allowed.admits(&connection.peer) {
+                    continue;
+                }
                 tokio::spawn(conn::serve(front.clone(), connection));
             }
             Err(error) => {

@@ -1,15 +1,20 @@
 //! The table of operations: what may run when, and who carries it out.
 
+use std::time::Duration;
+
 use bytes::Bytes;
 use qemu_proto::flags::RequestFlags;
 use qemu_proto::opcode::{ADMIN_VERSION, CLIENT_VERSION_MAX, Opcode};
 use qemu_proto::request::{Request, RequestBody};
 use qemu_proto::response::{Response, ResponseBody};
 use qemu_proto::status::Status;
-use sheep_core::cluster_state::Phase;
+use sheep_core::cluster_state::{ClusterState, Phase};
 
 use super::reply::{Answer, Outcome, Reply};
 use super::{Front, admin, objects, vdis};
+
+/// How long a request that is no I/O waits for the cluster to serve again.
+const SERVICE_PATIENCE: Duration = Duration::from_secs(10);
 
 /// Whether an operation is served while the cluster is not (protocol.md section 2: "force").
 fn runs_always(opcode: Opcode) -> bool {
@@ -36,6 +41,7 @@ fn runs_always(opcode: Opcode) -> bool {
             | O::GetRecovery
             | O::SetRecovery
             | O::ClusterReport
+            | O::ClusterAdmin
             | O::ReleaseVdi
     )
 }
@@ -76,6 +82,7 @@ pub async fn run(front: &Front, request: &Request, payload: Bytes) -> Answer {
     if !front.data.view().state.is_running() {
         // Formatted or complete a moment ago, perhaps, through another node.
         admin::see_everything(front).await;
+        await_service(front, request).await;
     }
     let outcome = match (refusal(front, request), request.op()) {
         (Some(status), _) => Err(status),
@@ -90,6 +97,27 @@ pub async fn run(front: &Front, request: &Request, payload: Bytes) -> Answer {
             Answer { response, payload: reply.payload }
         }
         Err(status) => Answer { response: Response::error(request, status, epoch), payload: Bytes::new() },
+    }
+}
+
+/// A node that is coming back, or has lost the quorum, makes clients wait instead of failing their requests: I/O as long as
+/// it takes, the rest for a while.
+async fn await_service(front: &Front, request: &Request) {
+    use Opcode as O;
+    let Some(opcode) = request.op() else { return };
+    let waiting = |state: &ClusterState| state.needs_majority && matches!(state.phase, Phase::Waiting { .. });
+    if runs_always(opcode) || !version_fits(request) || !waiting(&front.data.view().state) {
+        return;
+    }
+    let patient = matches!(opcode, O::ReadObj | O::WriteObj | O::CreateAndWriteObj | O::DiscardObj | O::FlushVdi);
+    let served = front.data.await_view(|view| !waiting(&view.state));
+    if patient {
+        served.await;
+    } else {
+        tokio::select! {
+            () = served => {}
+            () = front.data.world().clock.sleep(SERVICE_PATIENCE) => {}
+        }
     }
 }
 

@@ -45,6 +45,7 @@ pub fn of_refusal(refusal: Refusal) -> Status {
         Refusal::VdiIdsExhausted => Status::FullVdi,
         Refusal::ReadOnly => Status::Readonly,
         Refusal::LeaseHeldBy(_) | Refusal::LeaseLost => Status::Again,
+        Refusal::Banned | Refusal::OtherFingerprint | Refusal::TokenUnknown => Status::JoinFailed,
         Refusal::NoEffect => Status::Unknown,
     }
 }

@@ -160,7 +160,15 @@ fn entry(proposer: u64, sequence: u64, command: Command) -> Entry {
 }
 
 fn member(id: u64) -> Member {
-    Member { id: NodeId(id), address: [0; 16], port: id as u16, peer_endpoint: String::new(), zone: 0, weight: 1 << 30 }
+    Member {
+        id: NodeId(id),
+        address: [0; 16],
+        port: id as u16,
+        peer_endpoint: String::new(),
+        boot: 1,
+        zone: 0,
+        weight: 1 << 30,
+    }
 }
 
 /// One that makes the state larger: the address of a member that comes in.

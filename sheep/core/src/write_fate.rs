@@ -1,0 +1,156 @@
+//! What became of a write whose gateway lost its lease before every holder had answered.
+//!
+//! Such a write may be in the copies that count, and others may have read it and written over it since: writing it once more
+//! would bring an older value back. So each holder remembers with which stamp an object ended each of the last lease
+//! generations that wrote to it. A write of a generation took part in the object's history if and only if its stamp is not
+//! above that end, because the writes of an object are applied in stamp order.
+//!
+//! Always holds: an answer other than `Unknown` is right for the object's history: only copies that are current take writes, so
+//! what a copy saw end, ended so, even if the copy has moved elsewhere since. What is not remembered any more (a restart, what
+//! happened before a copy was fetched, too many objects) is `Unknown`, never guessed.
+
+use alloc::collections::{BTreeMap, VecDeque};
+
+use crate::stamp::Stamp;
+
+/// Generations remembered per object: a lease that two gateways fight for changes hands some hundred times a second, and one of
+/// them may be away for ten seconds.
+const ENDS_PER_OBJECT: usize = 8192;
+/// Ends remembered for all objects together: 4 MiB. Beyond, everything is forgotten at once.
+const ENDS_MAX: usize = 1 << 18;
+
+/// What became of a write.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Fate {
+    /// It was applied; the object may have been written over since.
+    Applied,
+    /// It was not, and the object may have been written since.
+    NotApplied,
+    /// Nobody has written to the object under a later generation: writing it (again) changes nothing that anybody saw.
+    Harmless,
+    /// This copy cannot tell.
+    Unknown,
+}
+
+/// One object.
+#[derive(Clone, Debug, Default)]
+struct Ends {
+    /// Everything above this generation is remembered.
+    from: u32,
+    /// Last stamps, ascending, one per generation.
+    ends: VecDeque<Stamp>,
+}
+
+/// The ends of lease generations, by object.
+#[derive(Debug, Default)]
+pub struct WriteFates {
+    objects: BTreeMap<u64, Ends>,
+    /// Of all objects.
+    end_count: usize,
+}
+
+impl WriteFates {
+    /// A copy that stood at `before` takes its first write of a later generation.
+    pub fn generation_ends(&mut self, object: u64, before: Stamp) {
+        if self.end_count >= ENDS_MAX {
+            self.forget_all();
+        }
+        // Nothing is known of the generations before the first one that was seen to end.
+        let from = before.generation.saturating_sub(1);
+        let known = self.objects.entry(object).or_insert_with(|| Ends { from, ends: VecDeque::new() });
+        if known.ends.back().is_some_and(|last| last.generation >= before.generation) {
+            return;
+        }
+        known.ends.push_back(before);
+        self.end_count += 1;
+        if known.ends.len() > ENDS_PER_OBJECT
+            && let Some(dropped) = known.ends.pop_front()
+        {
+            known.from = known.from.max(dropped.generation);
+            self.end_count -= 1;
+        }
+    }
+
+    /// The copy was fetched from another node, as of `now`: generations that wrote in between were not seen here.
+    pub fn was_replaced(&mut self, object: u64, now: Stamp) {
+        if let Some(known) = self.objects.get_mut(&object) {
+            known.from = known.from.max(now.generation);
+        }
+    }
+
+    /// Nothing is known any more.
+    pub fn forget_all(&mut self) {
+        self.objects.clear();
+        self.end_count = 0;
+    }
+
+    /// What became of the write with stamp `asked`, as far as this node saw its generation end.
+    pub fn seen(&self, object: u64, asked: Stamp) -> Fate {
+        let Some(known) = self.objects.get(&object) else { return Fate::Unknown };
+        match known.ends.binary_search_by_key(&asked.generation, |end| end.generation) {
+            Ok(at) if known.ends[at].sequence >= asked.sequence => Fate::Applied,
+            Ok(_) => Fate::NotApplied,
+            Err(_) => Fate::Unknown,
+        }
+    }
+
+    /// As `seen`, by a copy that is current and stands at `now` (`None`: there is no such object).
+    pub fn fate(&self, object: u64, now: Option<Stamp>, asked: Stamp) -> Fate {
+        if now.is_some_and(|now| now.generation <= asked.generation) {
+            return Fate::Harmless;
+        }
+        match self.seen(object, asked) {
+            // It would have been seen, had that generation written anything.
+            Fate::Unknown if self.objects.get(&object).is_some_and(|known| known.from < asked.generation) => {
+                Fate::NotApplied
+            }
+            seen => seen,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn stamp(generation: u32, sequence: u64) -> Stamp {
+        Stamp { generation, sequence }
+    }
+
+    #[test]
+    fn a_write_is_told_from_the_end_of_its_generation() {
+        let mut fates = WriteFates::default();
+        fates.generation_ends(1, stamp(4, 10));
+        fates.generation_ends(1, stamp(6, 3));
+        let now = Some(stamp(9, 1));
+        assert_eq!(fates.fate(1, now, stamp(4, 10)), Fate::Applied);
+        assert_eq!(fates.fate(1, now, stamp(4, 11)), Fate::NotApplied);
+        assert_eq!(fates.fate(1, now, stamp(5, 1)), Fate::NotApplied, "generation 5 wrote nothing here");
+        assert_eq!(fates.fate(1, now, stamp(6, 3)), Fate::Applied);
+        assert_eq!(fates.fate(1, now, stamp(3, 1)), Fate::Unknown, "before anything that was seen");
+        assert_eq!(fates.fate(1, now, stamp(9, 5)), Fate::Harmless);
+        assert_eq!(fates.fate(1, None, stamp(4, 10)), Fate::Applied);
+    }
+
+    #[test]
+    fn what_was_not_seen_is_unknown() {
+        let mut fates = WriteFates::default();
+        assert_eq!(fates.fate(1, Some(stamp(9, 1)), stamp(4, 10)), Fate::Unknown);
+        fates.generation_ends(1, stamp(4, 10));
+        fates.was_replaced(1, stamp(7, 3));
+        let now = Some(stamp(9, 1));
+        assert_eq!(fates.fate(1, now, stamp(4, 10)), Fate::Applied, "that was seen");
+        assert_eq!(fates.fate(1, now, stamp(6, 1)), Fate::Unknown, "that was not");
+        assert_eq!(fates.fate(1, now, stamp(8, 1)), Fate::NotApplied, "nor was it there");
+        assert_eq!(fates.seen(1, stamp(8, 1)), Fate::Unknown);
+        for generation in 1..=10_000 {
+            fates.generation_ends(2, stamp(generation, 1));
+        }
+        assert_eq!(fates.fate(2, Some(stamp(20_000, 1)), stamp(20, 1)), Fate::Unknown, "too long ago");
+        assert_eq!(fates.fate(2, Some(stamp(20_000, 1)), stamp(9000, 1)), Fate::Applied);
+        for object in 10..1_000_000 {
+            fates.generation_ends(object, stamp(1, 1));
+            assert!(fates.end_count <= ENDS_MAX);
+        }
+    }
+}

@@ -1,0 +1,67 @@
+//! The fence: until when this node may answer clients.
+//!
+//! Whoever lost the quorum must stop answering before the others go on without it. The driver moves the deadline on as it
+//! hears from the quorum; the data path asks before every answer. The deadline is a point on this node's own monotonic clock,
+//! counted from a moment at which the quorum certainly still had this node: clocks of two hosts are never compared.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use tokio::sync::Notify;
+
+use crate::world::Clock;
+
+/// How often a waiting answer looks whether it may leave by now.
+const LOOK_INTERVAL: Duration = Duration::from_millis(50);
+
+/// See the module.
+pub struct Fence {
+    clock: Arc<dyn Clock>,
+    /// Nanoseconds of the monotonic clock.
+    deadline: AtomicU64,
+    moved: Notify,
+}
+
+impl Fence {
+    /// A fence that never closes: whoever is ordered by one file is in as long as it can read it.
+    pub fn always_open(clock: Arc<dyn Clock>) -> Fence {
+        Fence { clock, deadline: AtomicU64::new(u64::MAX), moved: Notify::new() }
+    }
+
+    /// A fence that is closed until the quorum was heard.
+    pub fn closed(clock: Arc<dyn Clock>) -> Fence {
+        Fence { clock, deadline: AtomicU64::new(0), moved: Notify::new() }
+    }
+
+    /// Whether answers may leave now.
+    pub fn is_open(&self) -> bool {
+        let deadline = self.deadline.load(Ordering::Acquire);
+        deadline == u64::MAX || (self.clock.monotonic().as_nanos() as u64) < deadline
+    }
+
+    /// Waits until answers may leave; gives whether it had to wait.
+    pub async fn pass(&self) -> bool {
+        if self.is_open() {
+            return false;
+        }
+        loop {
+            tokio::select! {
+                () = self.moved.notified() => {}
+                () = self.clock.sleep(LOOK_INTERVAL) => {}
+            }
+            if self.is_open() {
+                return true;
+            }
+        }
+    }
+
+    /// Answers may leave until `deadline`, a time of this node's monotonic clock. It never moves back.
+    pub fn extend(&self, deadline: Duration) {
+        let was_open = self.is_open();
+        self.deadline.fetch_max(deadline.as_nanos() as u64, Ordering::AcqRel);
+        if !was_open && self.is_open() {
+            self.moved.notify_waiters();
+        }
+    }
+}
