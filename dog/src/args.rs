@@ -16,12 +16,15 @@ const VERBATIM_HELP: &str = "{about-with-newline}\n{usage-heading} {usage}{after
 #[command(name = "dog", about = "Manage a sheep cluster", infer_long_args = true, args_override_self = true)]
 #[command(disable_version_flag = true, disable_help_subcommand = true)]
 pub struct Typed {
-    /// Address or name of the sheep to ask; default SHEEPDOG_DOG_ADDR, else 127.0.0.1
+    /// Address or name of the sheep to ask, with --key also ADDRESS:PORT; default SHEEPDOG_DOG_ADDR, else 127.0.0.1
     #[arg(short, long, global = true, value_name = "ADDRESS", allow_hyphen_values = true)]
     pub address: Option<String>,
     /// Port of the sheep to ask; default SHEEPDOG_DOG_PORT, else 7000
     #[arg(short, long, global = true, value_name = "PORT", allow_hyphen_values = true)]
     pub port: Option<String>,
+    /// Connect to the port for other nodes, encrypted, with this copy of the cluster key; default DOG_KEY
+    #[arg(id = "key_file", long = "key", global = true, value_name = "FILE")]
+    pub key_file: Option<OsString>,
     /// Print at the end how long it took
     #[arg(short = 'T', long, global = true)]
     pub time: bool,
@@ -417,7 +420,8 @@ pub enum Node {
     )]
     Kill(Kill),
     /// List the nodes
-    #[command(after_help = "Examples:\n  dog node list\n  dog node list -r\n  dog node list --json")]
+    #[command(after_help = "Examples:\n  dog node list\n  dog node list -r\n  dog node list --json\n\n\
+        Nodes that ask to come in follow in a table of their own; -r leaves them out.")]
     List(Shape),
     /// Show the space of each node
     #[command(after_help = "Examples:\n  dog node info\n  dog node info --json\n\n\
@@ -429,6 +433,16 @@ pub enum Node {
         Two header lines and nothing else: no node is recovering."
     )]
     Recovery(Recovery),
+    /// Let a node in that asks
+    #[command(after_help = "Examples:\n  dog node list\n  dog node admit 3f9c2a70b1d4e865\n  dog node admit 3f9c\n\n\
+        Before you let it in, compare the fingerprint with the one that 'dog node list' shows on\n\
+        its own machine. The beginning of the id is enough if no other node's begins so.")]
+    Admit(Admit),
+    /// Shut a node out for good
+    #[command(after_help = "Examples:\n  dog node ban 3f9c2a70b1d4e865\n  dog node ban -f 3f9c\n\n\
+        'dog cluster info -v' shows the ids. The cluster key is replaced too: the node knew it.\n\
+        A node that is only to stop, or to be repaired, needs no ban: dog node kill.")]
+    Ban(Ban),
 }
 
 /// How to print.
@@ -451,8 +465,25 @@ pub struct Kill {
     /// Stop the node that is asked (-a, -p)
     #[arg(short, long)]
     pub local: bool,
-    /// Id of the node
+    /// Id of the node: its position in the list, or its 16 hexadecimal digits
     pub id: Option<String>,
+}
+
+#[derive(Debug, Args)]
+#[allow(missing_docs)]
+pub struct Admit {
+    /// Id of the node, or the beginning of it, in hexadecimal digits
+    pub id: String,
+}
+
+#[derive(Debug, Args)]
+#[allow(missing_docs)]
+pub struct Ban {
+    /// Do not ask
+    #[arg(short, long)]
+    pub force: bool,
+    /// Id of the node, or the beginning of it, in hexadecimal digits
+    pub id: String,
 }
 
 #[derive(Debug, Args)]
@@ -474,10 +505,13 @@ pub struct Recovery {
 pub enum Cluster {
     /// Show the state of the cluster and the history of its members
     #[command(after_help = "Examples:\n  dog cluster info\n  dog cluster info -v\n  dog cluster info --json\n\n\
-        What the cluster waits for, if anything, follows the status.")]
+        What the cluster waits for, if anything, follows the status; who does not answer and what\n\
+        to do about it comes last. -v also shows ids, voters, and the round trips to the other nodes.")]
     Info(Info),
     /// Make the cluster ready for use, discarding everything in it
     #[command(after_help = "Examples:\n  dog cluster format\n  dog cluster format -c 2 -z 23\n\n\
+        The nodes that are acquainted with the one that is asked become the cluster; they are shown,\n\
+        with the fingerprints by which they know each other from then on. Others ask to come in later.\n\
         Differs from the old tool: -f also skips the question about more copies than zones.")]
     Format(Format),
     /// Stop all nodes
@@ -485,8 +519,21 @@ pub enum Cluster {
     Shutdown,
     /// Go on without the nodes that are missing
     #[command(after_help = "Example:\n  dog cluster recover force\n\n\
-        Only when the missing nodes are lost for good: what only they had is lost with them.")]
+        Only when the missing nodes are lost for good: what only they had is lost with them.\n\
+        The id of the cluster has to be typed, unless -f says that a program knows what it does\n\
+        (with -c local, a yes is enough).")]
     Recover(Recover),
+    /// Make a token that lets one new node in
+    #[command(after_help = "Example:\n  dog cluster token\n\n\
+        Prints the command line to run on the new machine, with its own directory for /data.\n\
+        A token is good for one node, once, until the cluster key is replaced. It is a secret.")]
+    Token,
+    /// Show or replace the cluster key
+    #[command(after_help = "Examples:\n  dog cluster key show > key\n  dog cluster key rotate\n\n\
+        Every member keeps it in PATH/cluster/key. Whoever has it can join (sheep --key FILE) and\n\
+        manage the cluster from another machine (dog -a HOST --key FILE): keep copies as you keep\n\
+        passwords. rotate makes copies and unused tokens void; members get the new key by themselves.")]
+    Key(Key),
 }
 
 #[derive(Debug, Args)]
@@ -497,7 +544,7 @@ pub struct Info {
     /// Show who joined and left with each epoch
     #[arg(short, long)]
     pub diff: bool,
-    /// Show redundancy and strategies too
+    /// Show redundancy and strategies too, and how the nodes agree
     #[arg(short, long)]
     pub verbose: bool,
 }
@@ -529,6 +576,9 @@ pub struct Format {
     /// Do not ask
     #[arg(short, long)]
     pub force: bool,
+    /// Let any node of the network in, and encrypt nothing between nodes: for laboratories
+    #[arg(long)]
+    pub open: bool,
     /// Do not fill disks up when recovering
     #[arg(short = 'F', long = "avoid-diskfull")]
     pub avoid_diskfull: bool,
@@ -542,5 +592,13 @@ pub struct Recover {
     pub force: bool,
     /// force: go on without the missing nodes
     #[arg(value_name = "force")]
+    pub nested: Option<String>,
+}
+
+#[derive(Debug, Args)]
+#[allow(missing_docs)]
+pub struct Key {
+    /// show: print it; rotate: replace it
+    #[arg(value_name = "show|rotate")]
     pub nested: Option<String>,
 }

@@ -67,7 +67,7 @@ pub fn parse(words: &[OsString]) -> Result<Parsed, Answered> {
     };
     if let Some(command) = other_program(&first, &words[1..]) {
         let usage = usage_of(&mut tree, &[&first]).unwrap_or_default();
-        return Ok(Parsed { typed: Typed { address: None, port: None, time: false, command }, usage });
+        return Ok(Parsed { typed: Typed { address: None, port: None, key_file: None, time: false, command }, usage });
     }
     let second = words.get(1).map(|word| word.to_string_lossy().into_owned());
     check_known(&tree, &first, second.as_deref())?;
@@ -160,6 +160,7 @@ fn overview(tree: &clap::Command) -> String {
         "\nExamples:\n  dog cluster format -c 3\n  dog vdi create disk1 20G\n  dog vdi list\n\n\
          See 'dog COMMAND SUBCOMMAND --help' for the options of one, with examples.\n\
          SHEEPDOG_DOG_ADDR and SHEEPDOG_DOG_PORT name the sheep to ask; -a and -p win over them.\n\
+         DOG_KEY names a copy of the cluster key, for a sheep on another machine; --key wins over it.\n\
          SHEEPDOG_DOG_LOG, when set, records every call in the system log, or in the file that\n\
          SHEEPDOG_DOG_LOG_PATH names.\n",
     );
@@ -249,7 +250,7 @@ mod tests {
         assert_eq!(
             answered.err,
             "Invalid command 'node frobnicate'\nAvailable node commands:\n  node kill\n  node list\n  node info\n  \
-             node recovery\n"
+             node recovery\n  node admit\n  node ban\n"
         );
         assert_eq!(answered.exit, Exit::Usage);
         for line in ["vdi", "vdi help", "vdi --help"] {

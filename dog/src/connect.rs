@@ -18,7 +18,8 @@ use qemu_proto::response::Response;
 use qemu_proto::status::Status;
 
 use crate::exit::Failure;
-use crate::meaning::Target;
+use crate::meaning::{NodePort, Target};
+use crate::secure::Secure;
 
 /// A machine that is up answers or refuses at once; one that is down would keep the kernel trying for two minutes.
 const CONNECT_DEADLINE: Duration = Duration::from_secs(10);
@@ -33,6 +34,7 @@ pub struct Sheep {
 enum Stream {
     Tcp(TcpStream),
     Unix(UnixStream),
+    Secure(Box<Secure>),
 }
 
 impl Read for Stream {
@@ -40,6 +42,7 @@ impl Read for Stream {
         match self {
             Stream::Tcp(stream) => stream.read(buffer),
             Stream::Unix(stream) => stream.read(buffer),
+            Stream::Secure(stream) => stream.read(buffer),
         }
     }
 }
@@ -49,6 +52,7 @@ impl Write for Stream {
         match self {
             Stream::Tcp(stream) => stream.write(bytes),
             Stream::Unix(stream) => stream.write(bytes),
+            Stream::Secure(stream) => stream.write(bytes),
         }
     }
 
@@ -56,6 +60,7 @@ impl Write for Stream {
         match self {
             Stream::Tcp(stream) => stream.flush(),
             Stream::Unix(stream) => stream.flush(),
+            Stream::Secure(stream) => stream.flush(),
         }
     }
 }
@@ -108,6 +113,7 @@ impl Sheep {
     /// Connects.
     pub fn connect(target: Target) -> Result<Sheep, Failure> {
         let connected = match target {
+            Target::Secure(place) => return Sheep::connect_secure(target, place),
             Target::Tcp(socket) => TcpStream::connect_timeout(&socket, CONNECT_DEADLINE)
                 .and_then(|stream| stream.set_nodelay(true).map(|()| Stream::Tcp(stream))),
             Target::Unix(path) => UnixStream::connect(path).map(Stream::Unix),
@@ -116,6 +122,18 @@ impl Sheep {
             Ok(stream) => Ok(Sheep { target, stream }),
             Err(error) => Err(not_connected(target, &error)),
         }
+    }
+
+    /// Connects to the first of a node's addresses that works.
+    fn connect_secure(target: Target, place: &NodePort) -> Result<Sheep, Failure> {
+        let mut failures = Vec::new();
+        for &address in &place.addresses {
+            match Secure::connect(address, &place.key) {
+                Ok(secure) => return Ok(Sheep { target, stream: Stream::Secure(Box::new(secure)) }),
+                Err(failure) => failures.push(failure.message),
+            }
+        }
+        Err(Failure::system(failures.join("\n")))
     }
 
     /// Who is asked.
@@ -129,10 +147,15 @@ impl Sheep {
             request.proto_ver = CLIENT_VERSION_MAX;
         }
         exchange(&mut self.stream, &request, payload).map_err(|error| {
-            Trouble::Lost(Failure::system(format!(
-                "lost the connection to {} before it answered: {error}; see the log of that sheep",
-                self.target
-            )))
+            let advice = match self.target {
+                Target::Tcp(_) if !self.target.is_local() => {
+                    "see the log of that sheep; without --allow-clients it serves clients of its own machine only, and \
+                     others with a copy of the cluster key (--key FILE)"
+                }
+                _ => "see the log of that sheep",
+            };
+            let text = format!("lost the connection to {} before it answered: {error}; {advice}", self.target);
+            Trouble::Lost(Failure::system(text))
         })
     }
 
@@ -157,6 +180,7 @@ fn not_connected(target: Target, error: &io::Error) -> Failure {
             socket.port()
         ),
         Target::Unix(_) => "name the file 'sock' in the directory of a sheep that runs".to_owned(),
+        Target::Secure(_) => "name the port for other nodes of a sheep that runs: -a ADDRESS:PORT".to_owned(),
     };
     Failure::system(format!("failed to connect to {target}: {reason}; {advice}"))
 }

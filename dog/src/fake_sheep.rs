@@ -1,4 +1,4 @@
-//! A sheep for tests: one volume in memory, on a loopback port of its own.
+//! A sheep for tests: one volume in memory, on a loopback port of its own, and whatever a test wants its cluster to say.
 //!
 //! It knows the object operations and the lookup of the working VDI, and is as strict as the protocol: objects are created
 //! before they are written, reads stay inside, and a map entry names an object that exists.
@@ -16,6 +16,7 @@ use qemu_proto::opcode::Opcode;
 use qemu_proto::request::{HEADER_BYTES, ObjectRequest, Request, RequestBody};
 use qemu_proto::response::{Response, ResponseBody};
 use qemu_proto::status::Status;
+use serde_json::Value;
 
 use crate::meaning::Target;
 
@@ -33,6 +34,16 @@ pub struct Kept {
     pub counts: BTreeMap<u8, usize>,
     /// After so many writes of data objects the volume becomes a snapshot.
     pub snapshot_after: Option<usize>,
+    /// What the cluster reports of itself; null for a sheep that knows no reports.
+    pub report: Value,
+    /// What it answers to a wish for the cluster driver.
+    pub granted: Value,
+    /// Wishes so far.
+    pub wishes: Vec<Value>,
+    /// Flags of the formats so far.
+    pub formats: Vec<u16>,
+    /// How it answers a format.
+    pub refuses_format: Option<Status>,
 }
 
 /// A running fake.
@@ -58,6 +69,14 @@ impl FakeSheep {
             }
         });
         FakeSheep { target, kept }
+    }
+
+    /// One of a cluster that reports this of itself, and grants every wish with a word.
+    pub fn in_cluster(report: Value) -> FakeSheep {
+        let sheep = FakeSheep::start(1);
+        sheep.kept().report = report;
+        sheep.kept().granted = serde_json::json!({"ok": "granted"});
+        sheep
     }
 
     /// What it keeps.
@@ -129,6 +148,27 @@ impl Kept {
             (Some(opcode @ (Opcode::CreateAndWriteObj | Opcode::WriteObj)), RequestBody::Object(body)) => {
                 assert!(request.flags.contains(RequestFlags::WRITE | RequestFlags::DIRECT), "writes are durable");
                 self.write(opcode, body, request.flags.contains(RequestFlags::COW), payload)?;
+                Ok((ResponseBody::NONE, Vec::new()))
+            }
+            (Some(Opcode::GetNodeList), _) => Ok((ResponseBody::node(0, 0, 0), Vec::new())),
+            (Some(Opcode::ReadVdis | Opcode::ReadDelVdis), _) => {
+                Ok((ResponseBody::NONE, vec![0; request.data_length as usize]))
+            }
+            (Some(Opcode::ClusterReport), _) if !self.report.is_null() => {
+                Ok((ResponseBody::NONE, self.report.to_string().into_bytes()))
+            }
+            (Some(Opcode::ClusterAdmin), _) if !self.granted.is_null() => {
+                assert!(request.flags.contains(RequestFlags::WRITE | RequestFlags::PIGGYBACK), "it has an answer");
+                self.wishes.push(serde_json::from_slice(payload).expect("a wish is JSON"));
+                let answer = self.granted.to_string().into_bytes();
+                assert!(answer.len() <= payload.len(), "the answer has room");
+                Ok((ResponseBody::NONE, answer))
+            }
+            (Some(Opcode::MakeFs), RequestBody::Cluster(body)) => {
+                self.formats.push(body.flags);
+                self.refuses_format.map_or(Ok((ResponseBody::NONE, Vec::new())), Err)
+            }
+            (Some(Opcode::Shutdown | Opcode::KillNode | Opcode::ForceRecover), _) => {
                 Ok((ResponseBody::NONE, Vec::new()))
             }
             _ => Err(Status::NoSupport),

@@ -19,14 +19,14 @@ mod meaning;
 mod nbd_export;
 mod nbd_service;
 mod node;
+mod order;
 mod progress;
 mod qemu;
 mod question;
+mod reach;
 mod render;
 mod report;
 mod requests;
-// Used by the command line once it knows key files.
-#[allow(dead_code)]
 mod secure;
 mod vdi;
 
@@ -39,6 +39,7 @@ use jiff::Zoned;
 
 use crate::args::{Command, Typed};
 use crate::exit::{Exit, Failure};
+use crate::meaning::Asked;
 use crate::qemu::tool::Tool;
 use crate::report::{Report, Style};
 
@@ -73,8 +74,9 @@ fn main() -> ExitCode {
 }
 
 fn run(typed: &Typed) -> Result<Report, Failure> {
-    let variable = |name: &str| std::env::var_os(name).map(|value| value.to_string_lossy().into_owned());
-    let target = meaning::target(typed.address.as_deref(), typed.port.as_deref(), variable)?;
+    let asked =
+        Asked { address: typed.address.as_deref(), port: typed.port.as_deref(), key_file: typed.key_file.as_deref() };
+    let target = meaning::target(asked, |name| std::env::var_os(name))?;
     match &typed.command {
         Command::Vdi(command) => vdi::run(command, target),
         Command::Node(command) => node::run(command, target),

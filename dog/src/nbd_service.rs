@@ -81,7 +81,7 @@ fn is_reached(target: Target, port: u16) -> bool {
         Target::Tcp(address) => {
             TcpStream::connect_timeout(&SocketAddr::new(address.ip(), port), REACH_DEADLINE).is_ok()
         }
-        Target::Unix(_) => false,
+        Target::Unix(_) | Target::Secure(_) => false,
     }
 }
 

@@ -8,14 +8,23 @@ use crate::exit::Failure;
 
 /// Prints `text` and ` [yes/no]: ` on standard output and reads one line.
 pub fn confirmed(text: &str) -> Result<bool, Failure> {
+    Ok(is_yes(&answer(&format!("{text} [yes/no]: "))?))
+}
+
+/// Prints `text` and a blank on standard output and reads one line, which must be `word`: for what a yes is too easy for.
+pub fn typed(text: &str, word: &str) -> Result<bool, Failure> {
+    Ok(answer(&format!("{text} "))?.trim().eq_ignore_ascii_case(word))
+}
+
+fn answer(text: &str) -> Result<String, Failure> {
     let mut out = io::stdout().lock();
-    let printed = write!(out, "{text} [yes/no]: ").and_then(|()| out.flush());
+    let printed = write!(out, "{text}").and_then(|()| out.flush());
     printed.map_err(|error| Failure::system(format!("Cannot ask on standard output: {error}")))?;
     let mut line = String::new();
     match io::stdin().read_line(&mut line) {
-        Ok(_) => Ok(is_yes(&line)),
-        // Bytes that are not text are not a yes.
-        Err(error) if error.kind() == io::ErrorKind::InvalidData => Ok(false),
+        Ok(_) => Ok(line),
+        // Bytes that are not text are no answer.
+        Err(error) if error.kind() == io::ErrorKind::InvalidData => Ok(String::new()),
         Err(error) => Err(Failure::system(format!("Cannot read the answer from standard input: {error}"))),
     }
 }

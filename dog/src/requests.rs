@@ -21,6 +21,8 @@ use crate::meaning::{Selector, Target};
 
 /// Most of the cluster's own report that is read.
 const REPORT_BYTES_MAX: u32 = 1 << 20;
+/// Bytes of a wish to the cluster driver, blanks at its end: the answer may be as long as the wish.
+const WISH_BYTES: usize = 8192;
 
 /// Data follows, and is durable when the answer comes.
 fn write_flags() -> RequestFlags {
@@ -93,6 +95,27 @@ pub fn cluster_report(sheep: &mut Sheep) -> Result<Value, Failure> {
         Ok((_, answer)) => Ok(serde_json::from_slice(&answer).unwrap_or(Value::Null)),
         Err(Trouble::Lost(failure)) => Err(failure),
         Err(Trouble::Refused(_)) => Ok(Value::Null),
+    }
+}
+
+/// Asks the cluster driver for something; gives its answer. A refusal comes with the driver's reason.
+pub fn administer(sheep: &mut Sheep, wish: &Value) -> Result<String, Failure> {
+    let mut payload = wish.to_string().into_bytes();
+    assert!(payload.len() <= WISH_BYTES, "a wish is a word and an id");
+    payload.resize(WISH_BYTES, b' ');
+    let mut request = Request::plain(Opcode::ClusterAdmin);
+    request.flags = RequestFlags::WRITE | RequestFlags::PIGGYBACK;
+    request.data_length = payload.len() as u32;
+    let target = sheep.target();
+    let (_, answer) = sheep.call(request, &payload).map_err(|trouble| {
+        trouble.or(|reason| Failure::failed(format!("The sheep at {target} does not do this: {reason}")))
+    })?;
+    let answer: Value = serde_json::from_slice(&answer).unwrap_or_default();
+    let said = |name: &str| answer.get(name).and_then(Value::as_str).map(str::to_owned);
+    match (said("ok"), said("error")) {
+        (Some(text), _) => Ok(text),
+        (None, Some(reason)) => Err(Failure::failed(reason)),
+        (None, None) => Err(Failure::system(format!("The sheep at {target} gave no answer that can be read"))),
     }
 }
 
@@ -337,4 +360,28 @@ pub fn object_request(opcode: Opcode, oid: Oid, flags: RequestFlags, source: Opt
 /// Enters the owner of an object into its VDI's map.
 pub fn write_map_entry(sheep: &mut Sheep, vdi: VdiId, index: u32) -> Result<(), Trouble> {
     write_object(sheep, Oid::inode(vdi), map_offset(index), &vdi.get().to_le_bytes())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::exit::Exit;
+    use crate::fake_sheep::FakeSheep;
+    use serde_json::json;
+
+    #[test]
+    fn a_wish_is_granted_or_refused_with_a_reason() {
+        let fake = FakeSheep::in_cluster(Value::Null);
+        let wish = json!({"do": "admit", "node": "3f"});
+        let ask = || administer(&mut Sheep::connect(fake.target).expect("connected"), &wish);
+        assert_eq!(ask(), Ok("granted".to_owned()));
+        assert_eq!(fake.kept().wishes, std::slice::from_ref(&wish));
+        fake.kept().granted = json!({"error": "no node whose id begins with '3f' asks"});
+        assert_eq!(ask(), Err(Failure::failed("no node whose id begins with '3f' asks")));
+        fake.kept().granted = json!({"neither": 1});
+        assert_eq!(ask().expect_err("no answer").exit, Exit::System);
+        fake.kept().granted = Value::Null;
+        let failure = ask().expect_err("an older sheep");
+        assert!(failure.exit == Exit::Failure && failure.message.contains("does not do this"), "{failure}");
+    }
 }

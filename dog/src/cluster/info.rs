@@ -13,11 +13,14 @@ use crate::args;
 use crate::connect::{Refusal, Sheep};
 use crate::exit::Failure;
 use crate::meaning::{self, Target, shown};
+use crate::order::Order;
 use crate::report::{Form, Report};
 use crate::requests::{self, Node};
 
 /// Epochs that may begin between two requests.
 const EPOCHS_SPARE: usize = 8;
+/// The status of a node that cannot know what the others do.
+const NO_QUORUM: &str = "Waiting for a majority of the voters";
 const DISK_MODE: u16 = 0x0002;
 const AUTO_VNODES: u16 = 0x0004;
 
@@ -47,11 +50,59 @@ pub struct Formatted {
     pub has_disk_vnodes: bool,
 }
 
+/// What the cluster does, in one word.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Condition {
+    /// It serves.
+    Running,
+    /// There is no cluster yet.
+    Unformatted,
+    /// It serves when certain nodes are back.
+    Waiting,
+    /// The node that was asked hears from no majority of those who vote.
+    NoQuorum,
+    /// It was shut down.
+    Shutdown,
+}
+
+impl Condition {
+    /// As in JSON.
+    pub fn name(self) -> &'static str {
+        match self {
+            Condition::Running => "running",
+            Condition::Unformatted => "unformatted",
+            Condition::Waiting => "waiting",
+            Condition::NoQuorum => "no-quorum",
+            Condition::Shutdown => "shutdown",
+        }
+    }
+
+    /// By the status of the old protocol and by what the driver says.
+    fn of(result: u32, order: &Order) -> Condition {
+        let is = |status: Status| result == status.code();
+        if is(Status::WaitForFormat) {
+            Condition::Unformatted
+        } else if is(Status::Shutdown) {
+            Condition::Shutdown
+        } else if order.is_raft() && !order.has_quorum {
+            Condition::NoQuorum
+        } else if is(Status::Success) {
+            Condition::Running
+        } else {
+            Condition::Waiting
+        }
+    }
+}
+
 /// The state of the cluster.
 #[derive(Clone, PartialEq, Debug)]
 pub struct State {
     /// `running, auto-recovery enabled`, or what it waits for.
     pub status: String,
+    /// The same for programs.
+    pub condition: Condition,
+    /// Who orders things.
+    pub order: Order,
     /// `None` before it is formatted.
     pub formatted: Option<Formatted>,
     /// Newest first.
@@ -104,7 +155,11 @@ fn cannot_tell(reason: Refusal) -> Failure {
 
 fn state(result: u32, entries: &[EpochEntry], report: Value) -> State {
     let newest = entries.first();
-    let status = if result == Status::Success.code() {
+    let order = Order::of(&report);
+    let condition = Condition::of(result, &order);
+    let status = if condition == Condition::NoQuorum {
+        NO_QUORUM.to_owned()
+    } else if result == Status::Success.code() {
         let is_held = newest.is_some_and(|entry| entry.disable_recovery != 0);
         format!("running, auto-recovery {}", if is_held { "disabled" } else { "enabled" })
     } else {
@@ -122,7 +177,7 @@ fn state(result: u32, entries: &[EpochEntry], report: Value) -> State {
     let waiting = waiting.iter().filter_map(Value::as_str).map(str::to_owned).collect();
     let mut epochs: Vec<EpochRow> = entries.iter().map(epoch_row).collect();
     epochs.sort_by_key(|row| std::cmp::Reverse(row.epoch));
-    State { status, formatted, epochs, waiting, report, is_verbose: false, shows_changes: false }
+    State { status, condition, order, formatted, epochs, waiting, report, is_verbose: false, shows_changes: false }
 }
 
 fn epoch_row(entry: &EpochEntry) -> EpochRow {
@@ -156,5 +211,25 @@ mod tests {
         assert_eq!(held.status, "running, auto-recovery disabled");
         let fresh = state(0x16, &[], Value::Null);
         assert_eq!((fresh.status.as_str(), fresh.formatted), ("Waiting for cluster to be formatted", None));
+    }
+
+    #[test]
+    fn a_node_without_a_quorum_does_not_say_that_the_cluster_runs() {
+        let raft = |has_quorum| json!({"order": {"driver": "raft", "has_quorum": has_quorum}});
+        for (result, report, condition) in [
+            (Status::Success, raft(true), Condition::Running),
+            (Status::Success, raft(false), Condition::NoQuorum),
+            (Status::WaitForJoin, raft(false), Condition::NoQuorum),
+            (Status::WaitForJoin, raft(true), Condition::Waiting),
+            (Status::WaitForFormat, raft(false), Condition::Unformatted),
+            (Status::Shutdown, raft(false), Condition::Shutdown),
+            (Status::Success, json!({"order": {"driver": "local"}}), Condition::Running),
+            (Status::Success, Value::Null, Condition::Running),
+            (Status::WaitForJoin, Value::Null, Condition::Waiting),
+        ] {
+            let shown = state(result.code(), &[], report.clone());
+            assert_eq!(shown.condition, condition, "{result:?} {report}");
+            assert_eq!(shown.status == NO_QUORUM, condition == Condition::NoQuorum, "{result:?} {report}");
+        }
     }
 }

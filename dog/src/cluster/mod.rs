@@ -7,8 +7,10 @@ use crate::report::Report;
 
 mod format;
 pub mod info;
+mod key;
 mod recover;
 mod shutdown;
+mod token;
 
 /// Runs a subcommand.
 pub fn run(command: &Cluster, target: Target) -> Result<Report, Failure> {
@@ -16,6 +18,8 @@ pub fn run(command: &Cluster, target: Target) -> Result<Report, Failure> {
         Cluster::Info(typed) => info::run(typed, target),
         Cluster::Format(typed) => format::run(typed, target),
         Cluster::Shutdown => shutdown::run(target),
+        Cluster::Token => token::run(target),
+        Cluster::Key(typed) => key::run(typed, target),
         Cluster::Recover(typed) => recover::run(typed, target),
     }
 }

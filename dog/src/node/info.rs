@@ -8,6 +8,7 @@ use crate::args::Shape;
 use crate::connect::Sheep;
 use crate::exit::{Exit, Failure};
 use crate::meaning::Target;
+use crate::reach::Reach;
 use crate::report::{Form, Report};
 use crate::requests::{self, Node};
 use crate::vdi::catalog::{self, Depth};
@@ -57,10 +58,11 @@ impl Space {
 pub fn run(typed: &Shape, target: Target) -> Result<Report, Failure> {
     let mut sheep = Sheep::connect(target)?;
     let list = requests::node_list(&mut sheep)?;
+    let reach = Reach::from(&mut sheep)?;
     let mut spaces = Spaces { nodes: Vec::new(), virtual_bytes: 0 };
     let mut exit = Exit::Success;
     for (id, node) in list.nodes.iter().enumerate() {
-        match space(id, node) {
+        match space(id, node, reach.target(node)) {
             Ok(space) => spaces.nodes.push(space),
             Err(failure) => {
                 eprintln!("{failure}");
@@ -82,8 +84,8 @@ pub fn run(typed: &Shape, target: Target) -> Result<Report, Failure> {
     Ok(Report::new(Form::of(typed.raw, typed.json), spaces).exits(exit))
 }
 
-fn space(id: usize, node: &Node) -> Result<Space, Failure> {
-    let mut sheep = Sheep::connect(node.target())?;
+fn space(id: usize, node: &Node, target: Target) -> Result<Space, Failure> {
+    let mut sheep = Sheep::connect(target)?;
     let (response, _) = sheep
         .call(Request::plain(Opcode::StatSheep), &[])
         .map_err(|trouble| trouble.or(|reason| Failure::system(format!("Response's result: {reason} ({node})"))))?;

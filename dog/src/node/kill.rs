@@ -6,7 +6,8 @@ use qemu_proto::request::Request;
 use crate::args::Kill;
 use crate::connect::Sheep;
 use crate::exit::{Exit, Failure};
-use crate::meaning::Target;
+use crate::meaning::{Target, is_whole_node_id};
+use crate::reach::Reach;
 use crate::report::Report;
 use crate::requests;
 
@@ -15,12 +16,18 @@ pub fn run(typed: &Kill, target: Target) -> Result<Report, Failure> {
     let victim = match (typed.local, typed.id.as_deref()) {
         (true, None) => target,
         (false, Some(word)) => {
-            let id = parse_id(word)?;
-            let list = requests::node_list(&mut Sheep::connect(target)?)?;
-            let node = list.nodes.get(id).ok_or_else(|| {
+            let position = if is_whole_node_id(word) { None } else { Some(parse_id(word)?) };
+            let mut sheep = Sheep::connect(target)?;
+            let nodes = requests::node_list(&mut sheep)?.nodes;
+            let reach = Reach::from(&mut sheep)?;
+            let found = match position {
+                Some(position) => nodes.get(position),
+                None => nodes.iter().find(|row| reach.order().behind(row).is_some_and(|node| node.id == word)),
+            };
+            let node = found.ok_or_else(|| {
                 Failure::new(Exit::Usage, format!("Invalid node id '{word}'; 'dog node list' shows the ids"))
             })?;
-            node.target()
+            reach.target(node)
         }
         (true, Some(_)) => return Err(Failure::usage("please specify either -l option or node id, not both")),
         (false, None) => return Err(Failure::usage("please specify -l option or node id")),

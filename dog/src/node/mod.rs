@@ -5,6 +5,8 @@ use crate::exit::Failure;
 use crate::meaning::Target;
 use crate::report::Report;
 
+mod admit;
+mod ban;
 pub mod info;
 mod kill;
 pub mod list;
@@ -17,5 +19,7 @@ pub fn run(command: &Node, target: Target) -> Result<Report, Failure> {
         Node::List(typed) => list::run(typed, target),
         Node::Info(typed) => info::run(typed, target),
         Node::Recovery(typed) => recovery::run(typed, target),
+        Node::Admit(typed) => admit::run(typed, target),
+        Node::Ban(typed) => ban::run(typed, target),
     }
 }

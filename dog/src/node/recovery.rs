@@ -8,6 +8,7 @@ use crate::args;
 use crate::connect::Sheep;
 use crate::exit::{Exit, Failure};
 use crate::meaning::Target;
+use crate::reach::Reach;
 use crate::report::{Form, Report};
 use crate::requests::{self, Node};
 
@@ -40,11 +41,13 @@ pub fn run(typed: &args::Recovery, target: Target) -> Result<Report, Failure> {
     if typed.progress {
         return Err(Failure::not_available("Drawing recovery progress (-P)"));
     }
-    let list = requests::node_list(&mut Sheep::connect(target)?)?;
+    let mut sheep = Sheep::connect(target)?;
+    let list = requests::node_list(&mut sheep)?;
+    let reach = Reach::from(&mut sheep)?;
     let mut recoveries = Recoveries(Vec::new());
     let mut exit = Exit::Success;
     for (id, &node) in list.nodes.iter().enumerate() {
-        match stat(&node) {
+        match stat(&node, reach.target(&node)) {
             Ok(stat) if stat.in_recovery => {
                 recoveries.0.push(Recovering { id, node, done: stat.finished, total: stat.total });
             }
@@ -58,10 +61,10 @@ pub fn run(typed: &args::Recovery, target: Target) -> Result<Report, Failure> {
     Ok(Report::new(Form::of(typed.shape.raw, typed.shape.json), recoveries).exits(exit))
 }
 
-fn stat(node: &Node) -> Result<RecoveryStat, Failure> {
+fn stat(node: &Node, target: Target) -> Result<RecoveryStat, Failure> {
     let mut request = Request::plain(Opcode::StatRecovery);
     request.data_length = RECOVERY_STAT_BYTES as u32;
-    let (_, answer) = Sheep::connect(node.target())?
+    let (_, answer) = Sheep::connect(target)?
         .call(request, &[])
         .map_err(|trouble| trouble.or(|reason| Failure::failed(format!("Response's result: {reason} ({node})"))))?;
     let stat = RecoveryStat::decode(&answer);

@@ -6,7 +6,7 @@ use std::path::Path;
 use super::url::{Place, VdiUrl};
 use crate::connect::Sheep;
 use crate::exit::Failure;
-use crate::meaning::{self, Target};
+use crate::meaning::{self, Asked, Target};
 use crate::nbd_export::{NbdExport, NbdPlace, export_name};
 use crate::nbd_service::{self, NbdService};
 
@@ -59,7 +59,10 @@ fn ask(default: Target, place: &Place) -> Result<NbdPlace, Failure> {
 pub fn target(default: Target, place: &Place) -> Result<Target, Failure> {
     match place {
         Place::Default => Ok(default),
-        Place::Inet { host, port } => meaning::target(Some(host), Some(&port.to_string()), |_| None),
+        Place::Inet { host, port } => {
+            let asked = Asked { address: Some(host), port: Some(&port.to_string()), key_file: None };
+            meaning::target(asked, |_| None)
+        }
         Place::Unix(socket) => Ok(Target::unix(socket)),
     }
 }

@@ -3,7 +3,7 @@
 mod attach;
 mod cluster;
 mod image;
-mod node;
+pub mod node;
 mod object;
 mod text;
 mod tree;

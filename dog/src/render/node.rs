@@ -5,31 +5,84 @@ use sheep_core::units::HumanSize;
 
 use super::text::put;
 use crate::node::info::{Space, Spaces};
-use crate::node::list::Members;
+use crate::node::list::Nodes;
 use crate::node::recovery::Recoveries;
+use crate::order::{NodeState, OrderNode};
 use crate::report::{Show, Style};
 
-impl Show for Members {
+impl Show for Nodes {
     fn table(&self, _: &Style, out: &mut Vec<u8>) {
         put(out, format_args!("  Id   Host:Port         V-Nodes       Zone\n"));
-        for (id, node) in self.0.iter().enumerate() {
+        for (id, node) in self.rows.iter().enumerate() {
             put(out, format_args!("{id:4}   {:<20}\t{:2}{:11}\n", node.to_string(), node.vnodes, node.zone));
+        }
+        if self.order.is_raft() {
+            self.put_others(NodeState::Acquainted, "acquainted: dog cluster format", out);
+            self.put_others(NodeState::Asking, "asking: dog node admit ID", out);
         }
     }
 
     fn raw(&self, _: &Style, out: &mut Vec<u8>) {
-        for (id, node) in self.0.iter().enumerate() {
+        for (id, node) in self.rows.iter().enumerate() {
             put(out, format_args!("{id} {node} {} {}\n", node.vnodes, node.zone));
         }
     }
 
     fn json(&self) -> Option<Value> {
-        let nodes = self.0.iter().enumerate();
-        let rows = nodes.map(|(id, node)| {
-            json!({"id": id, "address": node.ip.to_string(), "port": node.port, "vnodes": node.vnodes, "zone": node.zone})
+        let known: Vec<Option<&OrderNode>> = self.rows.iter().map(|row| self.order.behind(row)).collect();
+        let is_founded = self.order.nodes.is_empty() || self.order.in_state(NodeState::Member).next().is_some();
+        let usual = if is_founded { NodeState::Member } else { NodeState::Acquainted };
+        let rows = self.rows.iter().zip(&known).enumerate().map(|(position, (row, known))| {
+            let mut value = known.map_or_else(|| unknown_json(usual), node_json);
+            value["position"] = json!(position);
+            value["address"] = json!(row.ip.to_string());
+            value["port"] = json!(row.port);
+            value["vnodes"] = json!(row.vnodes);
+            value["zone"] = json!(row.zone);
+            value
         });
-        Some(rows.collect())
+        let mut rows: Vec<Value> = rows.collect();
+        // A row that nobody was found behind stands for one of the rest already.
+        let is_complete = known.iter().all(Option::is_some);
+        let is_listed = |node: &OrderNode| known.iter().flatten().any(|other| other.id == node.id);
+        let others = self.order.nodes.iter().filter(|node| !is_listed(node));
+        rows.extend(others.filter(|node| is_complete || node.state == NodeState::Asking).map(node_json));
+        Some(rows.into())
     }
+}
+
+impl Nodes {
+    /// A table of the nodes in a state, below what to do about them; nothing if there are none.
+    fn put_others(&self, state: NodeState, headline: &str, out: &mut Vec<u8>) {
+        let mut nodes = self.order.in_state(state).peekable();
+        if nodes.peek().is_some() {
+            put(out, format_args!("\n{headline}\n"));
+            put_identities(nodes, out);
+        }
+    }
+}
+
+/// The nodes by what a person compares before letting them in.
+pub fn put_identities<'a>(nodes: impl Iterator<Item = &'a OrderNode>, out: &mut Vec<u8>) {
+    put(out, format_args!("  {:<16}  {:<20}  Fingerprint\n", "Id", "Host:Port"));
+    for node in nodes {
+        put(out, format_args!("  {:<16}  {:<20}  {}\n", node.id, node.first_address(), node.fingerprint));
+    }
+}
+
+/// A node as the driver knows it. Where clients reach it is another matter.
+fn node_json(node: &OrderNode) -> Value {
+    let ip = node.sockets().first().map(|socket| socket.ip().to_string());
+    json!({
+        "id": node.id, "position": null, "state": node.state.name(), "address": ip, "port": null, "vnodes": null,
+        "zone": node.zone, "node_addresses": node.sockets().iter().map(ToString::to_string).collect::<Vec<_>>(),
+        "fingerprint": node.fingerprint, "votes": node.votes, "alive": node.alive,
+    })
+}
+
+/// A row of which the driver says nothing.
+fn unknown_json(state: NodeState) -> Value {
+    json!({"id": null, "state": state.name(), "node_addresses": [], "fingerprint": "", "votes": false, "alive": null})
 }
 
 impl Show for Spaces {
@@ -118,6 +171,7 @@ impl Show for Recoveries {
 mod tests {
     use super::*;
     use crate::node::recovery::Recovering;
+    use crate::order::Order;
     use crate::requests::Node;
     use jiff::tz::TimeZone;
     use std::net::IpAddr;
@@ -135,14 +189,71 @@ mod tests {
         (String::from_utf8(table).expect("text"), String::from_utf8(raw).expect("text"))
     }
 
+    fn known(id: &str, address: &str, state: NodeState, zone: Option<u32>) -> OrderNode {
+        OrderNode {
+            id: id.to_owned(),
+            address: address.to_owned(),
+            state,
+            fingerprint: "01020304-05060708-090a0b0c-0d0e0f10".to_owned(),
+            zone,
+            votes: state == NodeState::Member,
+            alive: Some(true),
+        }
+    }
+
+    fn raft(nodes: Vec<OrderNode>) -> Order {
+        Order { driver: "raft".to_owned(), nodes, ..Order::default() }
+    }
+
+    const TABLE: &str = "  Id   Host:Port         V-Nodes       Zone\n   0   127.0.0.1:7800      \t128   16777343\n   \
+        1   ::1:7803            \t128   16777343\n";
+
     #[test]
     fn node_lists_are_those_of_the_old_tool() {
-        let (table, raw) = both(&Members(vec![node("127.0.0.1", 7800), node("::1", 7803)]));
-        assert_eq!(
-            table,
-            "  Id   Host:Port         V-Nodes       Zone\n   0   127.0.0.1:7800      \t128   16777343\n   1   ::1:7803            \t128   16777343\n"
-        );
+        let rows = || vec![node("127.0.0.1", 7800), node("::1", 7803)];
+        let (table, raw) = both(&Nodes { rows: rows(), order: Order::default() });
+        assert_eq!(table, TABLE);
         assert_eq!(raw, "0 127.0.0.1:7800 128 16777343\n1 ::1:7803 128 16777343\n");
+        let members = vec![known("00000000000000a1", "127.0.0.1:7810", NodeState::Member, None)];
+        assert_eq!(both(&Nodes { rows: rows(), order: raft(members) }).0, TABLE);
+    }
+
+    #[test]
+    fn those_who_ask_are_listed_below_with_what_to_do() {
+        let rows = vec![node("127.0.0.1", 7800), node("::1", 7803)];
+        let asking = known("00000000000000b2", "10.0.0.4:7010,[fd00::4]:7010", NodeState::Asking, None);
+        let (table, raw) = both(&Nodes { rows, order: raft(vec![asking]) });
+        let below = "\nasking: dog node admit ID\n  Id                Host:Port             Fingerprint\n  \
+            00000000000000b2  10.0.0.4:7010         01020304-05060708-090a0b0c-0d0e0f10\n";
+        assert_eq!(table, format!("{TABLE}{below}"));
+        assert_eq!(raw.lines().count(), 2, "scripts see the members only");
+        let acquainted = known("00000000000000c3", "10.0.0.5:7010", NodeState::Acquainted, Some(1));
+        let (table, _) = both(&Nodes { rows: Vec::new(), order: raft(vec![acquainted]) });
+        assert!(table.contains("\n\nacquainted: dog cluster format\n  Id  "), "{table}");
+    }
+
+    #[test]
+    fn json_joins_what_the_driver_knows_to_the_rows() {
+        let rows = vec![node("127.0.0.1", 7800), node("127.0.0.1", 7803)];
+        let order = raft(vec![
+            known("00000000000000a1", "127.0.0.1:7810", NodeState::Member, Some(16_777_343)),
+            known("00000000000000a2", "127.0.0.1:7813", NodeState::Member, Some(16_777_343)),
+            known("00000000000000b2", "10.0.0.4:7010", NodeState::Asking, None),
+        ]);
+        let json = Nodes { rows, order }.json().expect("JSON");
+        assert_eq!(
+            json[1],
+            json!({
+                "id": "00000000000000a2", "position": 1, "state": "member", "address": "127.0.0.1", "port": 7803,
+                "vnodes": 128, "zone": 16_777_343, "node_addresses": ["127.0.0.1:7813"],
+                "fingerprint": "01020304-05060708-090a0b0c-0d0e0f10", "votes": true, "alive": true,
+            })
+        );
+        assert_eq!((&json[2]["state"], &json[2]["address"]), (&json!("asking"), &json!("10.0.0.4")));
+        assert_eq!((&json[2]["position"], &json[2]["port"]), (&Value::Null, &Value::Null));
+        assert_eq!(json.as_array().map(Vec::len), Some(3));
+        let unknown = Nodes { rows: vec![node("10.0.0.9", 7000)], order: Order::default() }.json().expect("JSON");
+        assert_eq!((&unknown[0]["id"], &unknown[0]["state"]), (&Value::Null, &json!("member")));
     }
 
     #[test]

@@ -10,6 +10,7 @@ use crate::args;
 use crate::connect::{Sheep, Trouble};
 use crate::exit::{Exit, Failure};
 use crate::meaning::{self, Selector, Target};
+use crate::reach::Reach;
 use crate::report::{Form, Report};
 use crate::requests::{self, Node};
 
@@ -57,6 +58,7 @@ pub fn run(typed: &args::Object, target: Target) -> Result<Report, Failure> {
 fn locate(target: Target, name: &[u8], selector: &Selector, index: Option<u32>) -> Result<Report, Failure> {
     let mut sheep = Sheep::connect(target)?;
     let nodes = requests::node_list(&mut sheep)?.nodes;
+    let reach = Reach::from(&mut sheep)?;
     let header = volume::open_header(&mut sheep, name, selector)?;
     let vdi = header.vdi;
     let (oid, data) = match index {
@@ -76,7 +78,7 @@ fn locate(target: Target, name: &[u8], selector: &Selector, index: Option<u32>) 
     let mut exit = Exit::Success;
     let mut location = Location { vdi, oid, data, node_count: nodes.len(), nodes: Vec::new() };
     for node in nodes {
-        match has_object(node, oid) {
+        match has_object(node, reach.target(&node), oid) {
             Ok(has) => location.nodes.push((node, has)),
             Err(failure) => {
                 eprintln!("{failure}");
@@ -87,8 +89,8 @@ fn locate(target: Target, name: &[u8], selector: &Selector, index: Option<u32>) 
     Ok(Report::new(Form::Table, location).exits(exit))
 }
 
-fn has_object(node: Node, oid: Oid) -> Result<bool, Failure> {
-    let mut sheep = Sheep::connect(node.target())?;
+fn has_object(node: Node, target: Target, oid: Oid) -> Result<bool, Failure> {
+    let mut sheep = Sheep::connect(target)?;
     let request = requests::object_request(Opcode::Exist, oid, RequestFlags::NONE, None, 0);
     match sheep.call(request, &[]) {
         Ok(_) => Ok(true),
