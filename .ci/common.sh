@@ -113,7 +113,7 @@ start_run() {
 # Ends what the run started, by process id, unmounts what it mounted, removes its directory. A run that passed and still
 # left something behind has failed.
 end_run() {
-    local status=$1 left process mount_point
+    local status=$1 left process mount_point namespace
     trap - EXIT
     # The substitution's own processes are gone by the time they would be looked at.
     left=$(for process in $(own_processes); do [[ $process == "$$" || ! -d /proc/$process ]] || echo "$process"; done)
@@ -126,6 +126,13 @@ end_run() {
     for mount_point in $(findmnt -rno TARGET | grep -F "$SHEEP_TEST_RUN/" || true); do
         [[ $status != 0 ]] || { echo "left mounted: $mount_point" >&2; status=1; }
         as_root umount -l "$mount_point" || true
+    done
+    # Networks of test programs that are no more: their names tell the process (tests/src/namespaces.rs).
+    for namespace in /run/netns/sheeptest-*; do
+        process=${namespace#/run/netns/sheeptest-}
+        [[ -e $namespace && ! -d /proc/${process%%-*} ]] || continue
+        [[ $status != 0 ]] || { echo "left behind: $namespace" >&2; status=1; }
+        as_root ip netns delete "${namespace##*/}" || true
     done
     rm -rf "$SHEEP_TEST_RUN"
     exit "$status"

@@ -48,6 +48,7 @@ pub mod opcode {
     pub const MAKE_FS: u8 = 0x84;
     pub const STAT_SHEEP: u8 = 0x86;
     pub const STAT_CLUSTER: u8 = 0x87;
+    pub const STAT_RECOVERY: u8 = 0x97;
     pub const CLUSTER_INFO: u8 = 0xBE;
     pub const READ_DEL_VDIS: u8 = 0xC9;
 }
@@ -72,6 +73,9 @@ pub mod result {
     pub const NO_TAG: u32 = 0x0E;
     pub const VER_MISMATCH: u32 = 0x14;
     pub const NO_SPACE: u32 = 0x15;
+    /// The node was not let into a cluster yet.
+    pub const WAIT_FOR_FORMAT: u32 = 0x16;
+    pub const WAIT_FOR_JOIN: u32 = 0x17;
     pub const READONLY: u32 = 0x1A;
 }
 

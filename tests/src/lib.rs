@@ -10,15 +10,24 @@
 //! | [`sectors`] | content that tells where it comes from |
 //! | [`loop_fs`] | file systems whose power can be cut |
 //! | [`tgt`] | an iSCSI target in front of a volume |
+//! | [`namespaces`] | a network of hosts, with cables to pull and packets to lose |
+//! | [`capture`] | everything that passes its switch |
+//! | [`flock`] | real `sheep` processes on such hosts |
+//! | [`workload`] | readers and writers through many nodes at once, recorded |
+//! | [`linear`] | whether one history explains such a record |
 //! | [`sim`] | disks that lose power, a clock that jumps, randomness from one seed |
 //! | [`golden`] | stored outputs |
 //! | [`source_scan`] | our own source text, for the tidy suite |
 
+pub mod capture;
 pub mod clients;
 pub mod command;
+pub mod flock;
 pub mod golden;
 pub mod guest;
+pub mod linear;
 pub mod loop_fs;
+pub mod namespaces;
 pub mod nbd_client;
 pub mod qemu;
 pub mod sectors;
@@ -26,4 +35,5 @@ pub mod sim;
 pub mod source_scan;
 pub mod spawn;
 pub mod tgt;
+pub mod workload;
 pub mod writer;

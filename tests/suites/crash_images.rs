@@ -351,7 +351,7 @@ fn case_13_rot_and_missing_files_are_found_and_discarded_copies_can_be_replaced(
 #[test]
 fn case_14_damaged_small_files_and_index_entries_are_named() {
     run(async {
-        for (name, bit) in [("superblock", 90), ("journal", 100), ("cluster", 130), ("index.redb", 0)] {
+        for (name, bit) in [("superblock", 90), ("journal", 100), ("state", 130), ("index.redb", 0)] {
             let disk = SimDisk::new(1);
             let store = open(&disk).await;
             store.save_state(b"state".to_vec()).await.unwrap();
