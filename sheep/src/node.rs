@@ -80,8 +80,13 @@ impl Node {
         view_change::start(&data, peers);
         data.settle_in().await;
         let stop = Arc::new(Notify::new());
-        let front =
-            Front { data: data.clone(), stop: stop.clone(), store_name: STORE_NAME, nbd: nbd_places(&nbd_listeners) };
+        let front = Front {
+            data: data.clone(),
+            stop: stop.clone(),
+            store_name: STORE_NAME,
+            nbd: nbd_places(&nbd_listeners),
+            trusted: true,
+        };
         for listener in clients {
             tokio::spawn(sheepdog::listen(front.clone(), listener, config.allowed.clone()));
         }

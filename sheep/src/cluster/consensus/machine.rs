@@ -4,7 +4,7 @@
 //! 1. The same entries in the same order make the same machine, on every node.
 //! 2. An entry named `(proposer, boot, sequence)` changes the state at most once. Put into the order again, it gives the
 //!    first answer again as long as that is remembered, and [`Answer::Stale`] afterwards.
-//! 3. What is remembered is bounded: [`ANSWERS_MAX`] per proposer, [`STRANGERS_MAX`] proposers that are no members.
+//! 3. What is remembered is bounded: `ANSWERS_MAX` per proposer, `STRANGERS_MAX` proposers that are no members.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;

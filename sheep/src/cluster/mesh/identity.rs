@@ -1,6 +1,6 @@
 //! This node's certificate and private key, in one file that is made at the first start and never rewritten.
 //!
-//! The file is `"SHEEPIDN"`, BLAKE3 of the rest, and the postcard of [`Stored`]; only its owner may read it. A damaged file is
+//! The file is `"SHEEPIDN"`, BLAKE3 of the rest, and the postcard of `Stored`; only its owner may read it. A damaged file is
 //! an error and not made anew: the cluster knows this node by the certificate.
 
 use std::io;

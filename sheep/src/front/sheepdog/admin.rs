@@ -279,9 +279,14 @@ fn phase_name(phase: &Phase) -> &'static str {
 /// Admissions, keys and the like; the answer is always JSON text, so that the reason of a refusal reaches the operator.
 async fn administer(front: &Front, request: &Request, payload: &[u8]) -> Outcome {
     let Ok(wish) = serde_json::from_slice::<Administration>(payload) else { return Err(Status::InvalidParms) };
-    let answer = match front.data.cluster().administer(wish).await {
-        Ok(text) => serde_json::json!({ "ok": text }),
-        Err(error) => serde_json::json!({ "error": error.to_string() }),
+    let answer = if front.trusted {
+        match front.data.cluster().administer(wish).await {
+            Ok(text) => serde_json::json!({ "ok": text }),
+            Err(error) => serde_json::json!({ "error": error.to_string() }),
+        }
+    } else {
+        let reason = "this is for clients on the node's own host, or with the cluster key: dog -a HOST --key FILE";
+        serde_json::json!({ "error": reason })
     };
     let text = answer.to_string();
     if text.len() > request.data_length as usize {

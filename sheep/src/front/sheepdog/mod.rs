@@ -11,6 +11,7 @@ pub mod reply;
 pub mod vdis;
 pub mod wire_status;
 
+use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -31,6 +32,9 @@ pub struct Front {
     pub store_name: &'static str,
     /// Where the same volumes are served by NBD.
     pub nbd: NbdPlaces,
+    /// Whether the client is on this machine or proved the cluster key: only such a one may ask for secrets or decide who comes
+    /// in.
+    pub trusted: bool,
 }
 
 /// Where a node serves NBD, for clients that ask.
@@ -42,6 +46,11 @@ pub struct NbdPlaces {
     pub port: Option<u16>,
 }
 
+/// Whether a connection comes from this machine: over loopback or a unix socket.
+fn is_here(peer: &str) -> bool {
+    peer.parse::<SocketAddr>().map_or(true, |address| address.ip().to_canonical().is_loopback())
+}
+
 /// Takes clients' connections until the process ends.
 pub async fn listen(front: Front, listener: Box<dyn Listener>, allowed: Allowed) {
     loop {
@@ -50,7 +59,8 @@ pub async fn listen(front: Front, listener: Box<dyn Listener>, allowed: Allowed)
                 if !allowed.admits(&connection.peer) {
                     continue;
                 }
-                tokio::spawn(conn::serve(front.clone(), connection));
+                let front = Front { trusted: is_here(&connection.peer), ..front.clone() };
+                tokio::spawn(conn::serve(front, connection));
             }
             Err(error) => {
                 // Out of file descriptors, most likely: those who are connected go on.
