@@ -116,7 +116,7 @@ fn case_2_half_written_small_files_are_ignored_and_removed() {
         let store = open(&disk).await;
         store.save_state(b"first".to_vec()).await.unwrap();
         store.close().await.unwrap();
-        for name in ["superblock.next", "cluster.next"] {
+        for name in ["superblock.next", "state.next"] {
             disk.files().open(&Path::new("/s").join(name), OpenMode::Create).unwrap();
         }
         let store = open(&disk).await;

@@ -298,7 +298,9 @@ impl Holder {
         state.confirmed.clear();
         // Dropping the parked writes answers `OldEpoch`: their gateway sends them again in this epoch.
         state.parked.clear();
-        state.deferring = true;
+        // A node that has just come in takes over objects from others, who may read their own copies until they know: it answers
+        // for no write before all of them have told that they are in this epoch (`heard_suspects`).
+        state.deferring = state.continued;
         state.dropped.clear();
         state.deferred_bytes = 0;
         state.view = view;
@@ -333,7 +335,31 @@ impl Holder {
         // What was compared in this epoch already was compared with everybody.
         state.suspects.extend(suspects.into_iter().filter(|oid| !state.confirmed.contains(oid)));
         state.unsure.clear();
+        state.deferring = true;
+        self.defer_parked(state);
         self.changed.notify_waiters();
+    }
+
+    /// Answers the writes that came before this node could defer any.
+    fn defer_parked(&self, state: &mut State) {
+        for oid in state.parked.keys().copied().collect::<Vec<_>>() {
+            let Some(mut parked) = state.parked.remove(&oid) else { continue };
+            let mut last_was_deferred = None;
+            for write in &mut parked {
+                let cost = deferred_cost(write.data.len());
+                if write.answer.is_some() && self.may_defer(state, &write.request, cost, last_was_deferred) {
+                    note_write(state, &write.request);
+                    state.deferred_bytes += cost;
+                    write.data = Bytes::copy_from_slice(&write.data);
+                    if let Some(answer) = write.answer.take() {
+                        // The connection may be gone.
+                        drop(answer.send(Pending::Now(Verdict::Deferred)));
+                    }
+                }
+                last_was_deferred = Some(write.answer.is_none());
+            }
+            state.parked.insert(oid, parked);
+        }
     }
 
     /// Whether this node's copy of an object (or its absence) is the newest there is.

@@ -3,7 +3,7 @@
 //! A leader begins with no knowledge of its own: until it has found out about every member (alive, another process by now,
 //! refused, or silent for [`EVICT`]) it evicts nobody, so that those who died together leave in one epoch.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::time::Duration;
 
 use sheep_core::cluster_state::{ClusterState, Phase};
@@ -20,6 +20,8 @@ const RECENT: Duration = Duration::from_millis(600);
 /// After an orderly stop of everybody, the last epoch goes on unchanged if all are back within this; else those who are back
 /// go on in a new one.
 const WAIT_FOR_ALL: Duration = Duration::from_secs(10);
+/// How far behind the leader a node may be and still serve.
+const LAG_MAX: Duration = Duration::from_secs(1);
 /// Two members that cannot talk to each other for this long, though both talk to the leader, cannot both stay.
 const BROKEN_LINK: Duration = Duration::from_secs(3);
 
@@ -48,6 +50,8 @@ pub struct Stewardship {
     duplicates: BTreeSet<(NodeId, u64)>,
     /// Processes that ping under a member's identity and are not the member's.
     contested: BTreeMap<NodeId, u64>,
+    /// Up to where the leader had applied the order, and when: the last second of it.
+    pace: VecDeque<(Duration, u64)>,
     /// Since when two members have not reached each other.
     broken: BTreeMap<(NodeId, NodeId), Duration>,
 }
@@ -70,7 +74,7 @@ impl Stewardship {
     /// Notes a ping; gives whether its sender may have a lease.
     pub fn heard(&mut self, term: u64, now: Duration, ping: &Ping, is_member: bool) -> bool {
         self.begin_if_new(term, now);
-        let counted = is_member && !self.condemned.contains_key(&ping.node);
+        let counted = is_member && !self.lags(now, ping.applied) && !self.condemned.contains_key(&ping.node);
         if is_member {
             self.contested.remove(&ping.node);
         } else {
@@ -101,6 +105,19 @@ impl Stewardship {
     /// Whether a process of this identity runs beside another one.
     pub fn is_duplicate(&self, node: NodeId, boot: u64) -> bool {
         self.duplicates.contains(&(node, boot))
+    }
+
+    /// Notes how far the order has come: whoever has not applied what the leader had a second ago gets no lease, because it might
+    /// tell its clients what is long over.
+    pub fn note_pace(&mut self, now: Duration, index: u64) {
+        self.pace.push_back((now, index));
+        while self.pace.get(1).is_some_and(|(at, _)| now.saturating_sub(*at) >= LAG_MAX) {
+            self.pace.pop_front();
+        }
+    }
+
+    fn lags(&self, now: Duration, applied: u64) -> bool {
+        self.pace.front().is_some_and(|(at, index)| now.saturating_sub(*at) >= LAG_MAX && applied < *index)
     }
 
     /// Whether every member has been found out about once.
@@ -226,7 +243,11 @@ impl Quorum {
                 () = self.inner.world.clock.sleep(TICK) => {}
             }
             let Some(consensus) = self.leading() else { continue };
-            lock(&self.inner.stewardship).begin_if_new(consensus.term(), self.now());
+            {
+                let mut stewardship = lock(&self.inner.stewardship);
+                stewardship.begin_if_new(consensus.term(), self.now());
+                stewardship.note_pace(self.now(), self.index());
+            }
             // A leader that nobody follows any more would only wait for its own proposals.
             if consensus.quorum_age().is_none_or(|age| age > FENCE) || self.charter().is_none() {
                 continue;
@@ -454,6 +475,21 @@ mod tests {
         assert!(!stewardship.heard(1, at(200), &ping(2, 12, &[]), true));
         assert!(stewardship.gone(&state, OWN, at(3000)).is_empty());
         assert_eq!(stewardship.gone(&state, OWN, at(3100)), [NodeId(2)]);
+    }
+
+    #[test]
+    fn whoever_lags_behind_the_order_gets_no_lease_but_is_not_evicted_for_it() {
+        let state = state(2);
+        let mut stewardship = Stewardship::default();
+        stewardship.begin_if_new(1, at(0));
+        stewardship.note_pace(at(0), 50);
+        assert!(stewardship.heard(1, at(500), &ping(2, 12, &[]), true), "not a second yet");
+        stewardship.note_pace(at(1000), 60);
+        assert!(!stewardship.heard(1, at(1000), &ping(2, 12, &[]), true));
+        assert!(stewardship.heard(1, at(1100), &Ping { applied: 50, ..ping(2, 12, &[]) }, true));
+        stewardship.note_pace(at(2000), 60);
+        assert!(!stewardship.heard(1, at(2000), &Ping { applied: 59, ..ping(2, 12, &[]) }, true));
+        assert!(stewardship.gone(&state, OWN, at(4900)).is_empty());
     }
 
     #[test]
