@@ -5,9 +5,10 @@
 //! counted from a moment at which the quorum certainly still had this node: clocks of two hosts are never compared.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::time::Duration;
 
+use sheep_core::stamp::Epoch;
 use tokio::sync::Notify;
 
 use crate::world::Clock;
@@ -20,18 +21,20 @@ pub struct Fence {
     clock: Arc<dyn Clock>,
     /// Nanoseconds of the monotonic clock.
     deadline: AtomicU64,
+    /// The epoch in which this process came in last.
+    since: AtomicU32,
     moved: Notify,
 }
 
 impl Fence {
     /// A fence that never closes: whoever is ordered by one file is in as long as it can read it.
     pub fn always_open(clock: Arc<dyn Clock>) -> Fence {
-        Fence { clock, deadline: AtomicU64::new(u64::MAX), moved: Notify::new() }
+        Fence { clock, deadline: AtomicU64::new(u64::MAX), since: AtomicU32::new(0), moved: Notify::new() }
     }
 
     /// A fence that is closed until the quorum was heard.
     pub fn closed(clock: Arc<dyn Clock>) -> Fence {
-        Fence { clock, deadline: AtomicU64::new(0), moved: Notify::new() }
+        Fence { clock, deadline: AtomicU64::new(0), since: AtomicU32::new(0), moved: Notify::new() }
     }
 
     /// Whether answers may leave now.
@@ -54,6 +57,16 @@ impl Fence {
                 return true;
             }
         }
+    }
+
+    /// The epoch in which this process came in last: what a view of an earlier one says must not be told.
+    pub fn since(&self) -> Epoch {
+        Epoch(self.since.load(Ordering::Acquire))
+    }
+
+    /// This process is a member since `epoch`.
+    pub fn came_in(&self, epoch: Epoch) {
+        self.since.fetch_max(epoch.get(), Ordering::AcqRel);
     }
 
     /// Answers may leave until `deadline`, a time of this node's monotonic clock. It never moves back.

@@ -11,6 +11,7 @@ use bytes::Bytes;
 use sheep_core::admission::Admission;
 use sheep_core::cluster_state::ClusterState;
 use sheep_core::peer_message::{PeerKind, PeerRequest};
+use sheep_core::stamp::Epoch;
 
 use super::Data;
 use super::gateway::fanout;
@@ -58,10 +59,12 @@ async fn enter(data: &Data, state: Arc<ClusterState>) {
     if let Some(holder) = data.holder() {
         let formatted = view.state.cluster_id != previous.state.cluster_id;
         // At the first state after a start the store may be full: only a format since then empties it.
-        if formatted && view.state.cluster_id != 0 && !is_remembered(data, view.state.cluster_id).await {
+        // What is shown before this process has joined may be older than what the store has seen.
+        let joined = view.state.epoch != Epoch(0);
+        if formatted && joined && !belongs(data, &view.state).await {
             holder.wipe().await;
         }
-        if formatted {
+        if formatted && joined {
             // Before anything is written for this cluster: a node that remembers another one empties its store.
             save(data, &view).await;
         }
@@ -87,12 +90,12 @@ async fn enter(data: &Data, state: Arc<ClusterState>) {
     }
 }
 
-/// Whether what the store holds, if anything, is of this cluster.
-async fn is_remembered(data: &Data, cluster_id: u64) -> bool {
+/// Whether what the store holds, if anything, is of this cluster: only what a format has replaced is given up.
+async fn belongs(data: &Data, now: &ClusterState) -> bool {
     let Some(holder) = data.holder() else { return false };
     let kept = holder.store().load_state().await;
     match kept.map(|kept| kept.map(|bytes| postcard::from_bytes::<ClusterState>(&bytes))) {
-        Ok(Some(Ok(state))) => state.cluster_id == cluster_id,
+        Ok(Some(Ok(kept))) => kept.cluster_id != 0 && !now.replaced.contains(&kept.cluster_id),
         // Objects come only after the state was saved.
         Ok(None) => holder.store().object_count() == 0,
         // It could be read when the node started. Emptying the store because of it is the last thing to do.
@@ -113,6 +116,9 @@ async fn keep_saved(data: Data) {
 /// Keeps the state for the next start. A crash before leaves an older one, which the others' newer one replaces.
 async fn save(data: &Data, view: &View) {
     let Some(holder) = data.holder() else { return };
+    if view.state.epoch == Epoch(0) {
+        return;
+    }
     let mut saved = data.saved().lock().await;
     // Whoever comes late must not put an older state over a newer one.
     if *saved > view.number {

@@ -10,11 +10,13 @@ use sheep_core::member::NodeId;
 use super::charter::{Charter, Era};
 use super::messages::{Answer, Request};
 use super::token::{ADDRESSES_MAX, Token};
-use super::{Quorum, addresses_of, lock};
+use super::{EVICT, Quorum, addresses_of, lock};
 use crate::cluster::administration::{Administration, AdministrationError};
 
 /// How long the order may take: without a quorum, people must get an answer.
 const PATIENCE: Duration = Duration::from_secs(10);
+/// A quorum that was heard within this may only be electing a leader, or letting this node in again.
+const GIVEN_UP: Duration = EVICT;
 
 impl Quorum {
     pub(super) async fn carry_out(&self, request: Administration) -> Result<String, AdministrationError> {
@@ -125,6 +127,14 @@ impl Quorum {
             // With a quorum, only what the missing members may know of the data is given up.
             self.decree(Command::ForceRecover { time: self.label() }).await?;
             return Ok("forced".to_string());
+        }
+        let heard = lock(&self.inner.pulse).answered.unwrap_or(self.inner.started);
+        if self.now().saturating_sub(heard) < GIVEN_UP {
+            return Err(AdministrationError::NotNow(
+                "a quorum was heard a moment ago, or this node has only just started: wait some seconds and look again with `dog \
+                 cluster info`"
+                    .to_string(),
+            ));
         }
         let ours = self.charter().ok_or_else(|| AdministrationError::NotNow("not formatted".to_string()))?;
         let mut newest = {

@@ -189,6 +189,7 @@ impl Quorum {
     /// Begins an order with this node as its only voter and `state` as what it starts from.
     pub(super) async fn begin_order(&self, charter: Charter, state: ClusterState) -> Result<(), OrderError> {
         self.inner.beginning.store(true, Ordering::Release);
+        *lock(&self.inner.pulse) = super::pulse::Known::default();
         let begun = self.begin(charter, &state).await;
         self.inner.beginning.store(false, Ordering::Release);
         begun

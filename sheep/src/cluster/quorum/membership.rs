@@ -28,6 +28,8 @@ const PATIENCE: Duration = Duration::from_secs(5);
 const ASKING_FOR: Duration = Duration::from_secs(10);
 /// Nodes shown as asking at once: strangers must not fill the memory.
 const ASKING_MAX: usize = 256;
+const TOKEN_REFUSED: &str = "the token was used already, or is void because the cluster key was replaced; get a new one with \
+                             `dog cluster token`";
 /// Strangers that a node without a cluster keeps in touch with.
 const ACQUAINTANCES_MAX: usize = 1024;
 
@@ -296,14 +298,14 @@ impl Quorum {
             return Err(JoinAnswer::Asking);
         }
         let token = if trusted { None } else { token };
+        // Nothing a stranger says is ordered unless it can be true.
+        if token.is_some_and(|token| !self.state().admission.tokens.contains(&token)) {
+            return Err(JoinAnswer::Refused(TOKEN_REFUSED.to_string()));
+        }
         let command = Command::Admit { node: join.member.id, fingerprint, token };
         match self.order(command).await {
             Ok(Outcome::Done) => Ok(()),
-            Ok(Outcome::Refused(Refusal::TokenUnknown)) => Err(JoinAnswer::Refused(
-                "the token was used already, or is void because the cluster key was replaced; get a new one with `dog \
-                 cluster token`"
-                    .to_string(),
-            )),
+            Ok(Outcome::Refused(Refusal::TokenUnknown)) => Err(JoinAnswer::Refused(TOKEN_REFUSED.to_string())),
             Ok(Outcome::Refused(Refusal::Banned)) => Err(JoinAnswer::Refused(
                 "it was banned; a machine that is to come back needs an empty store directory".to_string(),
             )),

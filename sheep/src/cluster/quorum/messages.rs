@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 use sheep_core::admission::Fingerprint;
 use sheep_core::command::Outcome;
 use sheep_core::member::{Member, NodeId};
+use sheep_core::stamp::Epoch;
 
 use super::charter::{Charter, Era};
 use crate::cluster::consensus::{Entry, Machine};
@@ -93,6 +94,8 @@ pub struct Pong {
     pub lease_age_us: Option<u64>,
     /// The process of the asking node that is a member.
     pub member_boot: Option<u64>,
+    /// The epoch in which that process came in.
+    pub member_since: Option<Epoch>,
     /// Another process runs under the asking node's identity.
     pub duplicate: bool,
     /// Nodes with a part in the votes, voters and those who are becoming it.

@@ -105,6 +105,8 @@ struct Inner {
     world: World,
     node: NodeId,
     boot: u64,
+    /// When this process started, by its monotonic clock.
+    started: Duration,
     fingerprint: Fingerprint,
     directory: PathBuf,
     member: Member,
@@ -240,6 +242,7 @@ impl Quorum {
             world: world.clone(),
             node: member.id,
             boot: member.boot,
+            started: world.clock.monotonic(),
             fingerprint,
             directory,
             member,
@@ -406,6 +409,8 @@ impl Quorum {
         if self.charter().is_none() {
             return;
         }
+        // Before the state is read: whoever comes second must not act on an older one.
+        let mut linked = lock(&self.inner.linked);
         let state = self.state();
         let voting = self.consensus().map(|consensus| consensus.nodes()).unwrap_or_default();
         let mut wanted: BTreeMap<NodeId, Member> = BTreeMap::new();
@@ -414,7 +419,6 @@ impl Quorum {
                 wanted.insert(*node, member.clone());
             }
         }
-        let mut linked = lock(&self.inner.linked);
         for node in linked.keys().filter(|node| !wanted.contains_key(node)) {
             self.mesh().forget(*node);
             self.mesh().cut_off(*node);

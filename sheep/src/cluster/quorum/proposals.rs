@@ -8,6 +8,7 @@ use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 use sheep_core::command::{Command, Outcome};
+use tokio::sync::Semaphore;
 
 use super::Quorum;
 use super::messages::{Answer, ProposeAnswer, Request};
@@ -22,10 +23,19 @@ const RETRY: Duration = Duration::from_millis(30);
 const BARRIER_PATIENCE: Duration = Duration::from_secs(3);
 const BARRIER_PATIENCE_ALONE: Duration = Duration::from_millis(300);
 
+/// Proposals of one process under way at once: the state machine remembers some more outcomes than this.
+const UNDER_WAY_MAX: usize = 128;
+
 /// The proposals of this process.
-#[derive(Default)]
 pub struct Proposals {
     inner: Mutex<Numbers>,
+    room: Semaphore,
+}
+
+impl Default for Proposals {
+    fn default() -> Proposals {
+        Proposals { inner: Mutex::default(), room: Semaphore::new(UNDER_WAY_MAX) }
+    }
 }
 
 #[derive(Default)]
@@ -70,6 +80,8 @@ impl Quorum {
 
     /// As `order`, with the place in the order.
     pub(super) async fn order_at(&self, command: Command) -> Result<(u64, Outcome), OrderError> {
+        // The semaphore is never closed.
+        let _room = self.inner.proposals.room.acquire().await;
         let number = self.inner.proposals.take();
         let mut entry = Entry {
             proposer: self.inner.node,

@@ -89,12 +89,17 @@ impl Quorum {
         let asked = self.now();
         let state = self.state();
         let counted = lock(&self.inner.stewardship).counts(self.inner.node);
+        if let Some(member) = state.members.get(&self.inner.node) {
+            self.inner.fence.came_in(member.since);
+        }
         if let Some(age) = consensus.quorum_age().filter(|_| counted && self.is_member(&state)) {
             self.inner.fence.extend((asked + FENCE).saturating_sub(age));
         }
         let mut known = lock(&self.inner.pulse);
         known.leader = Some(self.inner.node);
-        known.answered = Some(asked);
+        if consensus.quorum_age().is_some_and(|age| age < FENCE) {
+            known.answered = Some(asked);
+        }
         known.voters = consensus.voters();
         known.term = consensus.term();
         known.in_cluster = self.is_member(&state);
@@ -133,10 +138,13 @@ impl Quorum {
         }
         if pong.charter.era > charter.era {
             self.yield_to(pong.charter).await;
-        } else if pong.charter.era < charter.era {
+            // Its order is followed first; then its leases count.
+            *lock(&self.inner.pulse) = Known { leader: pong.leader, term: pong.term, ..Known::default() };
             return;
         }
-        self.hear(asked, &pong);
+        if self.charter() == Some(pong.charter) {
+            self.hear(asked, &pong);
+        }
     }
 
     fn hear(&self, asked: Duration, pong: &Pong) {
@@ -171,7 +179,12 @@ impl Quorum {
                 known.asking.clone_from(&pong.asking);
             }
         }
-        if let Some(age) = pong.lease_age_us.filter(|_| counted) {
+        // What is known here may still be from before this process was taken out and came in again.
+        let here = self.state().members.get(&self.inner.node).map(|member| member.since);
+        if let (Some(since), Some(age)) = (pong.member_since, pong.lease_age_us.filter(|_| counted))
+            && here == Some(since)
+        {
+            self.inner.fence.came_in(since);
             self.inner.fence.extend((asked + FENCE).saturating_sub(Duration::from_micros(age)));
         }
         if let (Some(consensus), Some(_)) = (self.consensus(), pong.lease_age_us) {
@@ -213,6 +226,7 @@ impl Quorum {
             term,
             lease_age_us: None,
             member_boot: state.members.get(&ping.node).map(|member| member.member.boot),
+            member_since: state.members.get(&ping.node).map(|member| member.since),
             duplicate: false,
             raft_nodes: BTreeSet::new(),
             voters,

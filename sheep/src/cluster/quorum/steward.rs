@@ -11,6 +11,7 @@ use sheep_core::command::{Command, Outcome};
 use sheep_core::member::NodeId;
 
 use super::messages::{Found, Ping};
+use super::voting::Voting;
 use super::{EVICT, FENCE, Quorum, lock};
 
 /// How often the leader looks.
@@ -20,6 +21,8 @@ const RECENT: Duration = Duration::from_millis(600);
 /// After an orderly stop of everybody, the last epoch goes on unchanged if all are back within this; else those who are back
 /// go on in a new one.
 const WAIT_FOR_ALL: Duration = Duration::from_secs(10);
+/// How long one change of the members may take to be ordered before the leader looks again.
+const ORDER_PATIENCE: Duration = Duration::from_secs(2);
 /// How far behind the leader a node may be and still serve.
 const LAG_MAX: Duration = Duration::from_secs(1);
 /// Two members that cannot talk to each other for this long, though both talk to the leader, cannot both stay.
@@ -39,6 +42,8 @@ struct Heard {
 pub struct Stewardship {
     term: u64,
     since: Duration,
+    /// Whether everything that leaders before may have ordered is known here: an eviction among it must not meet a new lease.
+    ready: bool,
     /// Whether every member has been found out about once.
     settled: bool,
     heard: BTreeMap<NodeId, Heard>,
@@ -48,6 +53,8 @@ pub struct Stewardship {
     condemned: BTreeMap<NodeId, Duration>,
     /// Identities under which two processes run, and the one that came second.
     duplicates: BTreeSet<(NodeId, u64)>,
+    /// Members whose eviction is being ordered: no lease for them whatever they say now.
+    evicting: BTreeSet<NodeId>,
     /// Processes that ping under a member's identity and are not the member's.
     contested: BTreeMap<NodeId, u64>,
     /// Up to where the leader had applied the order, and when: the last second of it.
@@ -74,7 +81,7 @@ impl Stewardship {
     /// Notes a ping; gives whether its sender may have a lease.
     pub fn heard(&mut self, term: u64, now: Duration, ping: &Ping, is_member: bool) -> bool {
         self.begin_if_new(term, now);
-        let counted = is_member && !self.lags(now, ping.applied) && !self.condemned.contains_key(&ping.node);
+        let counted = is_member && !self.lags(now, ping.applied) && self.counts(ping.node);
         if is_member {
             self.contested.remove(&ping.node);
         } else {
@@ -99,6 +106,8 @@ impl Stewardship {
     /// A node is let in: it was there to ask for it.
     pub fn let_in(&mut self, node: NodeId, boot: u64, now: Duration) {
         self.condemned.remove(&node);
+        // Should the proof have been wrong, it must not be held against it again.
+        self.dead.retain(|(dead, _)| *dead != node);
         self.heard.insert(node, Heard { boot, at: now, unreachable: Vec::new(), applied: 0 });
     }
 
@@ -127,7 +136,7 @@ impl Stewardship {
 
     /// Whether a member may have leases.
     pub fn counts(&self, node: NodeId) -> bool {
-        !self.condemned.contains_key(&node)
+        self.ready && !self.condemned.contains_key(&node) && !self.evicting.contains(&node)
     }
 
     /// Nodes heard within the fence's patience.
@@ -249,7 +258,7 @@ impl Quorum {
                 stewardship.note_pace(self.now(), self.index());
             }
             // A leader that nobody follows any more would only wait for its own proposals.
-            if consensus.quorum_age().is_none_or(|age| age > FENCE) || self.charter().is_none() {
+            if consensus.quorum_age().is_none_or(|age| age > FENCE) || !self.is_ready(&consensus).await {
                 continue;
             }
             self.look_into_restarts();
@@ -277,10 +286,13 @@ impl Quorum {
         if !gone.is_empty() {
             let names: Vec<String> = gone.iter().map(NodeId::to_string).collect();
             tracing::warn!("evicting {}", names.join(", "));
-            self.steward(Command::Evict { nodes: gone.clone(), time: self.label() }).await;
+            lock(&self.inner.stewardship).evicting = gone.iter().copied().collect();
+            let evicted = self.steward(Command::Evict { nodes: gone.clone(), time: self.label() }).await;
             let mut stewardship = lock(&self.inner.stewardship);
-            for node in gone {
-                stewardship.condemned.remove(&node);
+            // If nobody knows what came of it, they get no lease before somebody does: it is ordered again.
+            if evicted {
+                stewardship.evicting.clear();
+                stewardship.condemned.retain(|node, _| !gone.contains(node));
             }
             return;
         }
@@ -307,11 +319,36 @@ impl Quorum {
         }
     }
 
-    async fn steward(&self, command: Command) {
-        match self.order(command).await {
-            Ok(Outcome::Refused(refusal)) => tracing::debug!("the order refused a change: {refusal:?}"),
-            Ok(_) => {}
-            Err(error) => tracing::warn!("cannot order a change of the members: {error}"),
+    /// Whether this leader knows everything that was ordered before its term.
+    async fn is_ready(&self, consensus: &Voting) -> bool {
+        if lock(&self.inner.stewardship).ready {
+            return true;
+        }
+        let (Some(charter), term) = (self.charter(), consensus.term()) else { return false };
+        let Ok(index) = consensus.read_index(ORDER_PATIENCE).await else { return false };
+        self.await_index_for(charter, index, ORDER_PATIENCE).await;
+        let mut stewardship = lock(&self.inner.stewardship);
+        stewardship.ready = stewardship.term == term && consensus.term() == term && self.index() >= index;
+        stewardship.ready
+    }
+
+    /// Orders something as the leader, once: a leader that was replaced must not go on ordering what it knew then. Gives whether
+    /// it is in the order.
+    async fn steward(&self, command: Command) -> bool {
+        let (Some(consensus), Some(charter)) = (self.leading(), self.charter()) else { return false };
+        let entry = self.entry_for(command);
+        match consensus.propose(entry, ORDER_PATIENCE).await {
+            Ok(proposed) => {
+                if let Outcome::Refused(refusal) = proposed.outcome {
+                    tracing::debug!("the order refused a change: {refusal:?}");
+                }
+                self.await_index_for(charter, proposed.index, ORDER_PATIENCE).await;
+                true
+            }
+            Err(error) => {
+                tracing::warn!("cannot order a change of the members: {error}");
+                false
+            }
         }
     }
 
@@ -405,6 +442,13 @@ mod tests {
         Ping { node: NodeId(node), boot, applied: 0, unreachable, relay: false }
     }
 
+    fn leader(term: u64, now: u64) -> Stewardship {
+        let mut stewardship = Stewardship::default();
+        stewardship.begin_if_new(term, at(now));
+        stewardship.ready = true;
+        stewardship
+    }
+
     fn hear(stewardship: &mut Stewardship, now: u64, node: u64) {
         assert!(stewardship.heard(1, at(now), &ping(node, node + 10, &[]), true));
     }
@@ -412,8 +456,7 @@ mod tests {
     #[test]
     fn silence_evicts_only_after_the_last_lease_is_long_over() {
         let state = state(3);
-        let mut stewardship = Stewardship::default();
-        stewardship.begin_if_new(1, at(0));
+        let mut stewardship = leader(1, 0);
         for node in [2, 3] {
             hear(&mut stewardship, 100, node);
         }
@@ -429,8 +472,7 @@ mod tests {
     #[test]
     fn a_new_leader_finds_out_about_all_before_it_evicts_any() {
         let state = state(4);
-        let mut stewardship = Stewardship::default();
-        stewardship.begin_if_new(1, at(0));
+        let mut stewardship = leader(1, 0);
         stewardship.prove_dead(NodeId(2), 12);
         hear(&mut stewardship, 100, 3);
         // 4 is undecided: it may have died with 2.
@@ -448,8 +490,7 @@ mod tests {
     #[test]
     fn another_term_starts_all_over() {
         let state = state(2);
-        let mut stewardship = Stewardship::default();
-        stewardship.begin_if_new(1, at(0));
+        let mut stewardship = leader(1, 0);
         assert_eq!(stewardship.gone(&state, OWN, at(3000)), [NodeId(2)]);
         // The leader before may have answered until a moment ago.
         stewardship.begin_if_new(2, at(3000));
@@ -460,16 +501,14 @@ mod tests {
     #[test]
     fn the_leaders_own_earlier_process_is_gone() {
         let state = state(1);
-        let mut stewardship = Stewardship::default();
-        stewardship.begin_if_new(1, at(0));
+        let mut stewardship = leader(1, 0);
         assert_eq!(stewardship.gone(&state, (NodeId(1), 99), at(1)), [NodeId(1)]);
     }
 
     #[test]
     fn a_condemned_member_gets_no_lease_and_goes_when_its_last_one_is_over() {
         let state = state(2);
-        let mut stewardship = Stewardship::default();
-        stewardship.begin_if_new(1, at(0));
+        let mut stewardship = leader(1, 0);
         hear(&mut stewardship, 0, 2);
         stewardship.condemn(NodeId(2), at(100));
         assert!(!stewardship.heard(1, at(200), &ping(2, 12, &[]), true));
@@ -480,8 +519,7 @@ mod tests {
     #[test]
     fn whoever_lags_behind_the_order_gets_no_lease_but_is_not_evicted_for_it() {
         let state = state(2);
-        let mut stewardship = Stewardship::default();
-        stewardship.begin_if_new(1, at(0));
+        let mut stewardship = leader(1, 0);
         stewardship.note_pace(at(0), 50);
         assert!(stewardship.heard(1, at(500), &ping(2, 12, &[]), true), "not a second yet");
         stewardship.note_pace(at(1000), 60);
@@ -493,10 +531,20 @@ mod tests {
     }
 
     #[test]
-    fn of_two_that_do_not_reach_each_other_the_one_that_misses_more_goes() {
-        let state = state(4);
+    fn no_lease_before_the_leader_knows_all_and_none_for_those_being_evicted() {
         let mut stewardship = Stewardship::default();
         stewardship.begin_if_new(1, at(0));
+        assert!(!stewardship.heard(1, at(100), &ping(2, 12, &[]), true), "an eviction may be on its way");
+        stewardship.ready = true;
+        hear(&mut stewardship, 200, 2);
+        stewardship.evicting.insert(NodeId(2));
+        assert!(!stewardship.heard(1, at(300), &ping(2, 12, &[]), true));
+    }
+
+    #[test]
+    fn of_two_that_do_not_reach_each_other_the_one_that_misses_more_goes() {
+        let state = state(4);
+        let mut stewardship = leader(1, 0);
         let judge = |stewardship: &mut Stewardship, now: u64| {
             for (node, unreachable) in [(2, &[3, 4][..]), (3, &[2]), (4, &[2])] {
                 stewardship.heard(1, at(now), &ping(node, node + 10, unreachable), true);
@@ -517,8 +565,7 @@ mod tests {
     #[test]
     fn another_process_of_a_member_is_looked_into_and_does_not_speak_for_it() {
         let state = state(2);
-        let mut stewardship = Stewardship::default();
-        stewardship.begin_if_new(1, at(0));
+        let mut stewardship = leader(1, 0);
         hear(&mut stewardship, 0, 2);
         assert!(!stewardship.heard(1, at(100), &ping(2, 77, &[]), false));
         assert_eq!(stewardship.contests(&state), [(NodeId(2), 12, 77)]);

@@ -36,6 +36,9 @@ fn request_for(data: &Data, view: &View, oid: Oid, offset: u64, length: usize) -
 /// The bytes, if this node has a current copy in memory and nothing has to be waited for.
 pub fn read_now(data: &Data, oid: Oid, offset: u64, length: usize) -> Option<Bytes> {
     let view = data.view();
+    if view.epoch() < data.cluster().fence().since() {
+        return None;
+    }
     let holder = data.holder()?;
     let range = offset..offset.checked_add(length as u64)?;
     if let Some(lease) = data.leases().held(oid.vid())
@@ -61,6 +64,8 @@ pub async fn read(data: &Data, oid: Oid, offset: u64, length: usize) -> Result<B
         if let Some(lease) = data.leases().held(oid.vid()) {
             lease.await_writes(oid, &(offset..end)).await;
         }
+        // A node that was taken out and came in again reads in no epoch before that.
+        data.await_epoch(data.cluster().fence().since()).await;
         let view = data.view();
         let location = view.locate(oid).ok_or(ReadFailure::Missing)?;
         if end > location.object_bytes {
