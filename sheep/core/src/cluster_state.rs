@@ -5,7 +5,8 @@
 //!
 //! Always holds:
 //! 1. `apply` is total and deterministic: any command in any state gives a state and an outcome, the same everywhere.
-//! 2. The epoch goes up by exactly one with every change of members after format, and never otherwise.
+//! 2. The epoch goes up by exactly one with every change of members after format, and never otherwise; but by [`ERA_STRIDE`]
+//!    when an operator goes on without the majority.
 //! 3. `epochs` names every epoch from `clean` to the present one; each epoch since may have taken writes.
 //! 4. A VDI's lease generation only goes up; at most one node holds it.
 //! 5. A name has at most one VDI that is neither deleted nor a snapshot.
@@ -31,6 +32,13 @@ const EPOCHS_SHOWN_MAX: usize = 512;
 
 /// Tokens that may be out at once: one for every machine that is being set up.
 const TOKENS_MAX: usize = 1024;
+
+/// What epochs and lease generations jump by when an operator goes on without the majority: if that lives after all, or had
+/// ordered more than is known here, its numbers are none of those that come.
+pub const ERA_STRIDE: u32 = 1 << 16;
+
+/// Epochs that go on being shown then: the whole state has to fit into one command.
+const EPOCHS_KEPT_FOR_ERA: usize = 32;
 
 /// Copies and object size of volumes that do not say their own: the ancestor's defaults.
 pub const DEFAULT_COPIES: u8 = 3;
@@ -153,6 +161,8 @@ pub struct ClusterState {
     pub to_reclaim: BTreeSet<u32>,
     /// By VDI id. Attribute objects have leases too, under the id in their object id.
     pub leases: BTreeMap<u32, Lease>,
+    /// Generations up to this were, or may have been, given out for VDIs that `leases` does not name.
+    pub generation_floor: u32,
     /// Who may come in.
     pub admission: Admission,
     /// Whether the order needs a majority (the default driver): then no write is acknowledged on one copy alone where there
@@ -186,6 +196,7 @@ impl Default for ClusterState {
             vdis: BTreeMap::new(),
             to_reclaim: BTreeSet::new(),
             leases: BTreeMap::new(),
+            generation_floor: 0,
             admission: Admission::default(),
             needs_majority: false,
             one_copy_will_do: false,
@@ -470,13 +481,37 @@ impl ClusterState {
             Phase::Running if self.clean < self.epoch || (alone && !self.one_copy_will_do) => {}
             _ => return Outcome::Refused(Refusal::NoEffect),
         }
+        self.forgive();
+        self.members_changed(time);
+        Outcome::Done
+    }
+
+    /// Makes this, which a minority remembers, the beginning of another era, without the nodes that are `gone`. Of an
+    /// unformatted cluster there is nothing to go on with.
+    pub fn begin_era(&mut self, gone: &[NodeId], time: u64) {
+        if self.phase == Phase::Unformatted {
+            return;
+        }
+        for node in gone {
+            self.members.remove(node);
+        }
+        let shown_only = self.epochs.iter().filter(|record| record.epoch < self.clean).count();
+        self.epochs.drain(..shown_only.saturating_sub(EPOCHS_KEPT_FOR_ERA));
+        for lease in self.leases.values_mut() {
+            *lease = Lease { holder: None, generation: lease.generation + ERA_STRIDE };
+        }
+        self.generation_floor += ERA_STRIDE;
+        self.forgive();
+        self.one_copy_will_do = self.zone_count() < 2;
+        self.begin_epoch(Epoch(self.epoch.get() + ERA_STRIDE), time);
+    }
+
+    fn forgive(&mut self) {
         self.phase = Phase::Running;
         // The operator's word replaces what the missing members would have told about the epochs since the clean one. What
         // those who are here know of them still counts.
         self.forgiven = self.epoch;
         self.one_copy_will_do = true;
-        self.members_changed(time);
-        Outcome::Done
     }
 
     /// The first command of an order that goes on from an earlier one, or from nothing.
@@ -724,7 +759,8 @@ impl ClusterState {
         if !self.members.contains_key(&node) {
             return Outcome::Refused(Refusal::NoEffect);
         }
-        let lease = self.leases.entry(vdi.get()).or_insert(Lease { holder: None, generation: 0 });
+        let floor = self.generation_floor;
+        let lease = self.leases.entry(vdi.get()).or_insert(Lease { holder: None, generation: floor });
         match lease.holder {
             Some(holder) if holder != node => Outcome::Refused(Refusal::LeaseHeldBy(holder)),
             _ => {
@@ -769,7 +805,8 @@ impl ClusterState {
             assert!(self.clean <= self.epoch, "an epoch cannot end clean before it began");
         }
         for pair in self.epochs.windows(2) {
-            assert!(pair[0].epoch.next() == pair[1].epoch, "epochs follow each other without a gap");
+            let next = pair[0].epoch.next() == pair[1].epoch || pair[0].epoch.get() + ERA_STRIDE == pair[1].epoch.get();
+            assert!(next, "epochs follow each other without a gap");
         }
     }
 }

@@ -99,8 +99,8 @@ impl History {
     }
 
     fn at(&self, epoch: Epoch) -> Option<&HistoricEpoch> {
-        let first = self.epochs.first()?.record.epoch;
-        self.epochs.get(epoch.get().checked_sub(first.get())? as usize)
+        let index = self.epochs.binary_search_by_key(&epoch, |at| at.record.epoch).ok()?;
+        self.epochs.get(index)
     }
 
     /// Whether `node` held the object in `epoch`.

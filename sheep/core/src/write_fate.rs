@@ -38,7 +38,9 @@ struct Ends {
     /// Everything above this generation is remembered.
     from: u32,
     /// Last stamps, ascending, one per generation.
-    ends: VecDeque<Stamp>,
+    last_stamps: VecDeque<Stamp>,
+    /// Of the last removal that was seen: where the object stands while there is none.
+    removed: Option<Stamp>,
 }
 
 /// The ends of lease generations, by object.
@@ -57,17 +59,37 @@ impl WriteFates {
         }
         // Nothing is known of the generations before the first one that was seen to end.
         let from = before.generation.saturating_sub(1);
-        let known = self.objects.entry(object).or_insert_with(|| Ends { from, ends: VecDeque::new() });
-        if known.ends.back().is_some_and(|last| last.generation >= before.generation) {
+        let known = self.objects.entry(object).or_insert_with(|| Ends { from, ..Ends::default() });
+        if known.last_stamps.back().is_some_and(|last| last.generation >= before.generation) {
             return;
         }
-        known.ends.push_back(before);
+        known.last_stamps.push_back(before);
         self.end_count += 1;
-        if known.ends.len() > ENDS_PER_OBJECT
-            && let Some(dropped) = known.ends.pop_front()
+        if known.last_stamps.len() > ENDS_PER_OBJECT
+            && let Some(dropped) = known.last_stamps.pop_front()
         {
             known.from = known.from.max(dropped.generation);
             self.end_count -= 1;
+        }
+    }
+
+    /// The object was removed by this write.
+    pub fn was_removed(&mut self, object: u64, stamp: Stamp) {
+        // Where nothing is remembered, a write of a later generation says nothing about those before it.
+        if let Some(known) = self.objects.get_mut(&object) {
+            known.removed = Some(stamp);
+        }
+    }
+
+    /// The stamp of the removal that took the object away, if it is remembered.
+    pub fn removal(&self, object: u64) -> Option<Stamp> {
+        self.objects.get(&object)?.removed
+    }
+
+    /// Nothing is known any more of one object.
+    pub fn forget(&mut self, object: u64) {
+        if let Some(known) = self.objects.remove(&object) {
+            self.end_count -= known.last_stamps.len();
         }
     }
 
@@ -87,8 +109,8 @@ impl WriteFates {
     /// What became of the write with stamp `asked`, as far as this node saw its generation end.
     pub fn seen(&self, object: u64, asked: Stamp) -> Fate {
         let Some(known) = self.objects.get(&object) else { return Fate::Unknown };
-        match known.ends.binary_search_by_key(&asked.generation, |end| end.generation) {
-            Ok(at) if known.ends[at].sequence >= asked.sequence => Fate::Applied,
+        match known.last_stamps.binary_search_by_key(&asked.generation, |end| end.generation) {
+            Ok(at) if known.last_stamps[at].sequence >= asked.sequence => Fate::Applied,
             Ok(_) => Fate::NotApplied,
             Err(_) => Fate::Unknown,
         }
@@ -130,6 +152,24 @@ mod tests {
         assert_eq!(fates.fate(1, now, stamp(3, 1)), Fate::Unknown, "before anything that was seen");
         assert_eq!(fates.fate(1, now, stamp(9, 5)), Fate::Harmless);
         assert_eq!(fates.fate(1, None, stamp(4, 10)), Fate::Applied);
+    }
+
+    #[test]
+    fn a_removal_ends_a_generation_like_any_write() {
+        let mut fates = WriteFates::default();
+        fates.generation_ends(1, stamp(5, 10));
+        // Generation 7 removes it, generation 8 makes it anew.
+        fates.was_removed(1, stamp(7, 4));
+        let before = fates.removal(1).unwrap();
+        fates.generation_ends(1, before);
+        let now = Some(stamp(8, 2));
+        assert_eq!(fates.fate(1, now, stamp(7, 4)), Fate::Applied);
+        assert_eq!(fates.fate(1, now, stamp(7, 5)), Fate::NotApplied);
+        fates.was_removed(2, stamp(7, 4));
+        assert_eq!(fates.removal(2), None, "nothing before it is known either");
+        fates.forget(1);
+        assert_eq!(fates.fate(1, now, stamp(7, 5)), Fate::Unknown);
+        assert_eq!(fates.end_count, 0);
     }
 
     #[test]

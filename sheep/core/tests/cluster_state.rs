@@ -194,6 +194,42 @@ fn a_restart_from_memory_waits_for_the_members_of_the_last_epoch() {
 }
 
 #[test]
+fn another_era_shares_no_number_with_what_the_majority_may_have_gone_on_to() {
+    let mut state = formatted(5);
+    let known = vdi_of(&state.apply(&new_vdi("known", None, false, None)));
+    let acquire = |vdi, node| Command::AcquireLease { vdi, node: NodeId(node) };
+    assert_eq!(state.apply(&acquire(known, 1)), Outcome::Lease(1));
+    for _ in 0..100 {
+        state.apply(&Command::Evict { nodes: vec![NodeId(5)], time: 1 });
+        state.apply(&join(5));
+    }
+    // What the others went on to.
+    let mut majority = state.clone();
+    majority.apply(&Command::Evict { nodes: vec![NodeId(1), NodeId(2)], time: 1 });
+    let made = vdi_of(&majority.apply(&new_vdi("made there", None, false, None)));
+    assert_eq!(majority.apply(&acquire(known, 3)), Outcome::Lease(2));
+    majority.apply(&acquire(made, 3));
+
+    state.begin_era(&[NodeId(3), NodeId(4), NodeId(5)], 7);
+    assert!(state.is_running());
+    assert_eq!(state.members.len(), 2);
+    assert_eq!(state.leases[&known.get()].holder, None);
+    assert_eq!(state.forgiven.next(), majority.epoch);
+    assert!(state.epoch.get() >= majority.epoch.get() + 60_000);
+    let Outcome::Lease(generation) = state.apply(&acquire(known, 1)) else { panic!("no lease") };
+    assert!(generation > 60_000, "{generation}");
+    // Made again here, the same id comes out: its stamps must not be those of the other one.
+    let again = vdi_of(&state.apply(&new_vdi("made there", None, false, None)));
+    assert_eq!(again, made);
+    let Outcome::Lease(generation) = state.apply(&acquire(again, 1)) else { panic!("no lease") };
+    assert!(generation > 60_000, "{generation}");
+    // It goes on as usual from there.
+    let epoch = state.epoch;
+    state.apply(&join(3));
+    assert_eq!(state.epoch, epoch.next());
+}
+
+#[test]
 fn after_an_orderly_stop_the_epoch_goes_on_once_all_are_back() {
     let mut state = formatted(3);
     state.apply(&Command::Shutdown);

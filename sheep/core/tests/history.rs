@@ -135,6 +135,23 @@ fn the_operators_word_replaces_the_missing_witnesses() {
 }
 
 #[test]
+fn what_another_era_wrote_is_newer_than_what_the_given_up_majority_went_on_to() {
+    let mut story = Story::begin();
+    story.state.begin_era(&[NodeId(A), NodeId(B)], 0);
+    let era = story.state.epoch.get();
+    let on_the_other_side = has(A, 3, stamp(2, 9), 1);
+    // Untouched in this era, the majority's writes are the newest there are.
+    let untouched = has(C, 1, stamp(1, 5), 1);
+    story.joins(A);
+    assert_eq!(story.decide(&[untouched, on_the_other_side]), newest(stamp(2, 9), &[A]));
+    let written = has(C, era, stamp(70_000, 1), 1);
+    assert_eq!(story.decide(&[written, on_the_other_side]), newest(stamp(70_000, 1), &[C]));
+    // While the newcomer is being brought up to date the one that stayed does not forget that it stayed.
+    story.joins(B);
+    assert_eq!(story.decide(&[written, on_the_other_side]), newest(stamp(70_000, 1), &[C]));
+}
+
+#[test]
 fn a_removed_object_does_not_come_back_with_a_node_that_was_away() {
     let mut story = Story::begin();
     story.dies(C);

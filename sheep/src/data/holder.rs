@@ -278,6 +278,10 @@ impl Holder {
         if !state.continued {
             state.suspects.clear();
         }
+        if in_since.is_none_or(|since| since > previous) {
+            // What others wrote and removed while this process was out, it has not seen.
+            state.fates.forget_all();
+        }
         // A process that just started knows of no writer; the others tell it of those that were lost.
         let lost = if took_part { lost_writers(&state.view.state, &view.state) } else { HashSet::new() };
         let mut told = Vec::new();
@@ -730,6 +734,7 @@ impl Holder {
     fn submit(&self, state: &mut State, request: &PeerRequest, data: Bytes, permit: Permit) -> Pending {
         let version = Version { epoch: request.epoch, stamp: request.stamp };
         let before = self.store.entry(request.oid).map(|entry| entry.version.stamp);
+        let before = before.or_else(|| state.fates.removal(request.oid.raw()));
         if let Some(before) = before.filter(|before| before.generation < request.stamp.generation) {
             state.fates.generation_ends(request.oid.raw(), before);
         }
@@ -739,6 +744,7 @@ impl Holder {
         }
         if request.kind == PeerKind::Remove {
             note_write(state, request);
+            state.fates.was_removed(request.oid.raw(), request.stamp);
             return Pending::Ticket(self.store.remove(request.oid, version), self.failure.clone());
         }
         let kind = if request.has(FLAG_COPY) {
@@ -772,6 +778,11 @@ impl Holder {
         }
         let now = self.store.entry(request.oid).map(|entry| entry.version.stamp);
         Ok(state.fates.fate(request.oid.raw(), now, request.stamp))
+    }
+
+    /// This node's copy of an object was removed because others no longer had one.
+    pub fn was_found_absent(&self, oid: Oid) {
+        self.state().fates.forget(oid.raw());
     }
 
     /// This node's copy of an object was replaced by another node's.

@@ -19,6 +19,8 @@ use super::view::View;
 use super::{reclaim, recovery};
 use crate::world::net::Listener;
 
+/// Between attempts to keep the state of a cluster that this node has just come into.
+const SAVE_AGAIN: Duration = Duration::from_secs(1);
 /// How often full nodes are asked whether they still are, and parked writes are tried again.
 const SPACE_INTERVAL: Duration = Duration::from_secs(1);
 
@@ -65,8 +67,10 @@ async fn enter(data: &Data, state: Arc<ClusterState>) {
             holder.wipe().await;
         }
         if formatted && joined {
-            // Before anything is written for this cluster: a node that remembers another one empties its store.
-            save(data, &view).await;
+            // Before anything is written for this cluster: objects without a state would be taken for another cluster's.
+            while !save(data, &view).await {
+                data.world().clock.sleep(SAVE_AGAIN).await;
+            }
         }
         epoch_changed |= holder.enter(view.clone());
     }
@@ -113,16 +117,17 @@ async fn keep_saved(data: Data) {
     }
 }
 
-/// Keeps the state for the next start. A crash before leaves an older one, which the others' newer one replaces.
-async fn save(data: &Data, view: &View) {
-    let Some(holder) = data.holder() else { return };
+/// Keeps the state for the next start; gives whether it, or a newer one, is kept. A crash before leaves an older one, which the
+/// others' newer one replaces.
+async fn save(data: &Data, view: &View) -> bool {
+    let Some(holder) = data.holder() else { return true };
     if view.state.epoch == Epoch(0) {
-        return;
+        return true;
     }
     let mut saved = data.saved().lock().await;
     // Whoever comes late must not put an older state over a newer one.
     if *saved > view.number {
-        return;
+        return true;
     }
     // The driver keeps the cluster key, where only its owner can read it.
     let kept = ClusterState { admission: Admission::default(), ..ClusterState::clone(&view.state) };
@@ -131,6 +136,7 @@ async fn save(data: &Data, view: &View) {
         Ok(()) => *saved = view.number,
         Err(error) => tracing::error!("cannot keep the cluster's state in the store: {error}"),
     }
+    *saved == view.number
 }
 
 /// A lease that the state gives to somebody else, or to nobody, is over; so are all those of a cluster that was formatted

@@ -397,6 +397,7 @@ async fn compare(data: &Data, holder: &Arc<Holder>, oid: Oid, epoch: Epoch) -> R
         Decision::Absent => {
             if let Some(entry) = holder.store().entry(oid) {
                 let ticket = holder.store().remove(oid, entry.version);
+                holder.was_found_absent(oid);
                 holder.trust_again(oid);
                 return Ok(if ticket.await.is_ok() { Compared::Newest } else { Compared::Again });
             }
