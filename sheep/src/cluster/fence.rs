@@ -5,7 +5,7 @@
 //! counted from a moment at which the quorum certainly still had this node: clocks of two hosts are never compared.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::time::Duration;
 
 use sheep_core::stamp::Epoch;
@@ -24,23 +24,36 @@ pub struct Fence {
     /// The epoch in which this process came in last.
     since: AtomicU32,
     moved: Notify,
+    /// Whether this process leaves.
+    shut: AtomicBool,
 }
 
 impl Fence {
     /// A fence that never closes: whoever is ordered by one file is in as long as it can read it.
     pub fn always_open(clock: Arc<dyn Clock>) -> Fence {
-        Fence { clock, deadline: AtomicU64::new(u64::MAX), since: AtomicU32::new(0), moved: Notify::new() }
+        Fence::new(clock, u64::MAX)
     }
 
     /// A fence that is closed until the quorum was heard.
     pub fn closed(clock: Arc<dyn Clock>) -> Fence {
-        Fence { clock, deadline: AtomicU64::new(0), since: AtomicU32::new(0), moved: Notify::new() }
+        Fence::new(clock, 0)
+    }
+
+    fn new(clock: Arc<dyn Clock>, deadline: u64) -> Fence {
+        Fence {
+            clock,
+            deadline: AtomicU64::new(deadline),
+            since: AtomicU32::new(0),
+            moved: Notify::new(),
+            shut: AtomicBool::new(false),
+        }
     }
 
     /// Whether answers may leave now.
     pub fn is_open(&self) -> bool {
         let deadline = self.deadline.load(Ordering::Acquire);
-        deadline == u64::MAX || (self.clock.monotonic().as_nanos() as u64) < deadline
+        !self.shut.load(Ordering::Acquire)
+            && (deadline == u64::MAX || (self.clock.monotonic().as_nanos() as u64) < deadline)
     }
 
     /// Waits until answers may leave; gives whether it had to wait.
@@ -67,6 +80,11 @@ impl Fence {
     /// This process is a member since `epoch`.
     pub fn came_in(&self, epoch: Epoch) {
         self.since.fetch_max(epoch.get(), Ordering::AcqRel);
+    }
+
+    /// No answer leaves any more: this process is about to say that it goes, and the others go on at once.
+    pub fn shut(&self) {
+        self.shut.store(true, Ordering::Release);
     }
 
     /// Answers may leave until `deadline`, a time of this node's monotonic clock. It never moves back.

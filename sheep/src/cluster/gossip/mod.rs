@@ -365,6 +365,12 @@ impl Task {
             Refusal::Replayed => (&self.counters.refused_replayed, "it came before, or much too late"),
         };
         add(counter, 1);
+        let of_a_peer = self.addresses.values().any(|address| address.ip() == from.ip());
+        if refused.why == Refusal::UnknownKey && of_a_peer {
+            // It was restarted, or we were, and our connection with it is being made.
+            tracing::debug!("gossip packet from {from} refused: {reason}");
+            return;
+        }
         if now < self.complaint.next_at {
             self.complaint.untold += 1;
             return;

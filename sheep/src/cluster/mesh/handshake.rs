@@ -8,6 +8,7 @@
 use std::io;
 use std::net::SocketAddr;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use sheep_core::admission::Fingerprint;
@@ -37,6 +38,8 @@ pub(super) struct Myself {
     pub timing: MeshTiming,
     pub tls: Tls,
     pub trust: Arc<dyn Trust>,
+    /// Whether a connection that was taken turned out to be one's own: the dialing side hears only of the rejection.
+    pub met_oneself: AtomicBool,
 }
 
 /// A connection whose handshake is done. `P` is who is there: an accepted connection may be a client's, which is nobody.
@@ -58,6 +61,9 @@ pub(super) enum Refusal {
     /// It broke, or what came makes no sense.
     #[error("{0}")]
     Io(#[from] io::Error),
+    /// The other end is this very process: it tried an address that is its own.
+    #[error("this node's own address")]
+    Oneself,
     /// This node said no.
     #[error("node {node}: {rejection}")]
     ByUs { node: NodeId, rejection: Rejection },
@@ -229,6 +235,12 @@ impl Myself {
         };
         let hello = Hello::decode(&theirs)?;
         let (node, channel, kept) = (hello.node, hello.channel, hello.kept);
+        if (node, hello.boot) == (self.node, self.boot) {
+            self.met_oneself.store(true, Ordering::Release);
+            // As for any other of this identity.
+            let _ = refuse(raw, node, Rejection::SameNode).await;
+            return Err(Refusal::Oneself);
+        }
         let proven = self.check(raw.session.as_ref(), Role::Dialer, proof.as_ref(), &theirs);
         let peer = match self.judge_dialer(hello, &raw, &proven)? {
             Ok(peer) => peer,

@@ -74,6 +74,15 @@ impl Live {
         }
     }
 
+    /// Whether a connection with this very process is open.
+    pub fn has_one_with(&self, node: NodeId, boot: u64) -> bool {
+        let entries = self.entries.lock().unwrap_or_else(PoisonError::into_inner);
+        entries.open.values().any(|(cut, shown)| {
+            shown.peer.as_ref().is_some_and(|peer| peer.node == node && peer.boot == boot)
+                && cut.upgrade().is_some_and(|cut| !cut.is_cut())
+        })
+    }
+
     /// Cuts every connection that would not come about again in the same way.
     pub fn reconsider(&self, trust: &dyn Trust) {
         let open: Vec<(Weak<Cut>, Shown)> = {

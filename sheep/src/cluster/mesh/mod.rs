@@ -36,6 +36,7 @@ mod types;
 
 use std::io;
 use std::net::SocketAddr;
+use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -109,6 +110,7 @@ impl Mesh {
             timing: config.timing,
             tls: tls::Tls::new(&identity)?,
             trust,
+            met_oneself: AtomicBool::new(false),
         };
         let shared = Arc::new(Shared { myself, service, live: Arc::new(Live::default()), refusals, events, secrets });
         let port = Arc::new(Port::new(shared.clone(), data, clients));
@@ -160,6 +162,11 @@ impl Mesh {
     /// Cuts every connection with one node, those for objects too: they are made anew at once where that works.
     pub fn cut_off(&self, node: NodeId) {
         self.shared.live.cut_off(node);
+    }
+
+    /// Whether a connection with this very process is open, whoever made it.
+    pub fn is_connected_with(&self, node: NodeId, boot: u64) -> bool {
+        self.shared.live.has_one_with(node, boot)
     }
 
     /// Says hello at an address once. Who is there is also told as [`Event::Met`].

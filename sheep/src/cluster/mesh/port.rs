@@ -95,6 +95,11 @@ impl Port {
         drop(slot);
         match result {
             Ok(established) => self.dispatch(established, &place, ip).await,
+            Err(Refusal::Oneself) => tracing::debug!("the connection from {place} is this node's own"),
+            // Somebody only looked whether anybody listens.
+            Err(Refusal::Io(error)) if error.kind() == std::io::ErrorKind::UnexpectedEof => {
+                tracing::debug!("the connection from {place} ended before anything was said: {error}");
+            }
             Err(refusal) => {
                 self.shared.refusals.warn(ip, format_args!("refused the connection from {place}: {refusal}"));
                 if let (Some(address), Refusal::ByUs { rejection, .. } | Refusal::ByThem { rejection, .. }) =

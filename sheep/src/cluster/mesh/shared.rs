@@ -2,8 +2,9 @@
 
 use std::net::SocketAddr;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
-use sheep_core::node_handshake::Channel;
+use sheep_core::node_handshake::{Channel, Rejection};
 use tokio::sync::mpsc;
 
 use super::handshake::{Established, Myself};
@@ -41,7 +42,12 @@ impl Shared {
     ) -> Result<Established<Arc<Peer>>, ContactError> {
         let result = self.myself.dial(address, channel, kept).await;
         if let Err(ContactError::Rejected(rejection)) = &result {
-            self.refusals.warn(Some(address.ip()), format_args!("no connection to the node at {address}: {rejection}"));
+            if *rejection == Rejection::SameNode && self.myself.met_oneself.swap(false, Ordering::AcqRel) {
+                tracing::debug!("{address} is this node's own address");
+            } else {
+                let text = format_args!("no connection to the node at {address}: {rejection}");
+                self.refusals.warn(Some(address.ip()), text);
+            }
             self.mention(Event::Rejected { address, rejection: *rejection });
         }
         result

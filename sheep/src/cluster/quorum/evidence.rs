@@ -1,7 +1,9 @@
 //! Proof of death: a refused connection, seen on two paths.
 //!
 //! When a process ends, its machine's kernel resets its connections and refuses new ones: that costs milliseconds, where silence
-//! costs seconds. One refusal may be a firewall's; so somebody else has to find the same before a member is evicted for it.
+//! costs seconds. One refusal may be a firewall's; so somebody else has to find the same before a member is evicted for it, and a
+//! process that keeps or makes a connection from its side is not dead, whatever its address says. A firewall that resets *every*
+//! connection of a living host, in both directions and for two others at once, cannot be told from a death.
 
 use std::time::Duration;
 
@@ -16,6 +18,8 @@ use std::sync::Arc;
 
 /// How long somebody may take to find out whether an address refuses connections.
 const PROBE_PATIENCE: Duration = Duration::from_millis(300);
+/// How long a process whose connections were cut has to make one from its side, and the kernel of a dead one to end what it had.
+const RECONNECTING: Duration = Duration::from_millis(40);
 /// How many others are asked at once what they find.
 const WITNESSES: usize = 3;
 
@@ -70,7 +74,8 @@ impl Quorum {
         if let Some(member) = state.members.get(&peer.node).filter(|member| member.member.boot != peer.boot)
             && self.leading().is_some()
         {
-            self.bury(peer.node, member.member.boot);
+            let (quorum, node, boot, other) = (self.clone(), peer.node, member.member.boot, peer.boot);
+            tokio::spawn(async move { quorum.examine(node, boot, Some(other)).await });
         }
     }
 
@@ -80,7 +85,7 @@ impl Quorum {
         let Some(member) = state.members.get(&node) else { return };
         let boot = member.member.boot;
         if self.leading().is_some() {
-            if is_gone(self.probe(node).await, boot) && self.confirmed_by_another(node, boot).await {
+            if is_gone(self.probe(node, boot).await, boot) && self.confirmed_by_another(node, boot).await {
                 tracing::warn!("node {node} is dead: its address refuses connections");
                 self.bury(node, boot);
             }
@@ -98,7 +103,7 @@ impl Quorum {
     async fn succeed(&self, node: NodeId, boot: u64) {
         let Some(consensus) = self.consensus() else { return };
         let voters = consensus.voters();
-        if !voters.contains(&self.inner.node) || !is_gone(self.probe(node).await, boot) {
+        if !voters.contains(&self.inner.node) || !is_gone(self.probe(node, boot).await, boot) {
             return;
         }
         if voters.len() > 2 && !self.confirmed_by_another(node, boot).await {
@@ -115,17 +120,25 @@ impl Quorum {
         let state = self.state();
         let same = state.members.get(&node).is_some_and(|member| member.member.boot == boot);
         // The one who told it is the second path.
-        if same && self.leading().is_some() && is_gone(self.probe(node).await, boot) {
+        if same && self.leading().is_some() && is_gone(self.probe(node, boot).await, boot) {
             tracing::warn!("node {node} is dead: two nodes find that its address refuses connections");
             self.bury(node, boot);
         }
     }
 
-    pub(super) async fn probe(&self, node: NodeId) -> Found {
+    /// Looks whether a process is there.
+    pub(super) async fn probe(&self, node: NodeId, boot: u64) -> Found {
         match self.mesh().probe(node, PROBE_PATIENCE).await {
-            Reach::Alive { boot } => Found::Alive(boot),
-            Reach::Refused => Found::Refused,
             Reach::Silent => Found::Silent,
+            Reach::Alive { boot: there } if there == boot => Found::Alive(boot),
+            found => {
+                self.inner.world.clock.sleep(RECONNECTING).await;
+                match found {
+                    _ if self.mesh().is_connected_with(node, boot) => Found::Alive(boot),
+                    Reach::Alive { boot: there } => Found::Alive(there),
+                    _ => Found::Refused,
+                }
+            }
         }
     }
 
@@ -142,13 +155,13 @@ impl Quorum {
             .copied()
             .collect();
         if others.is_empty() {
-            return state.members.len() <= 2 && is_gone(self.probe(node).await, boot);
+            return state.members.len() <= 2 && is_gone(self.probe(node, boot).await, boot);
         }
         let (sender, mut answers) = mpsc::channel(WITNESSES);
         for other in others.into_iter().take(WITNESSES) {
             let (quorum, sender) = (self.clone(), sender.clone());
             tokio::spawn(async move {
-                let answer = quorum.call(other, &Request::Probe { node }, PROBE_PATIENCE * 2).await;
+                let answer = quorum.call(other, &Request::Probe { node, boot }, PROBE_PATIENCE * 2).await;
                 let gone = matches!(answer, Some(Answer::Probe(found)) if is_gone(found, boot));
                 // Whoever asked may have heard enough.
                 let _ = sender.send(gone).await;

@@ -1,5 +1,6 @@
 //! What operators ask for: admission, bans, tokens, keys, and going on without the majority.
 
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use sheep_core::admission::ClusterKey;
@@ -8,7 +9,7 @@ use sheep_core::command::{Command, Outcome, Refusal};
 use sheep_core::member::NodeId;
 
 use super::charter::{Charter, Era};
-use super::messages::{Answer, Request};
+use super::messages::{Answer, Newest, Request};
 use super::token::{ADDRESSES_MAX, Token};
 use super::{EVICT, Quorum, addresses_of, lock};
 use crate::cluster::administration::{Administration, AdministrationError};
@@ -123,7 +124,7 @@ impl Quorum {
 
     /// Begins a new era of the order from the newest state that anybody here has.
     async fn recover_force(&self) -> Result<String, AdministrationError> {
-        if self.inner.fence.is_open() {
+        if self.has_quorum() {
             // With a quorum, only what the missing members may know of the data is given up.
             self.decree(Command::ForceRecover { time: self.label() }).await?;
             return Ok("forced".to_string());
@@ -139,27 +140,35 @@ impl Quorum {
         let ours = self.charter().ok_or_else(|| AdministrationError::NotNow("not formatted".to_string()))?;
         let mut newest = {
             let position = lock(&self.inner.position);
-            (ours.era, position.index, position.machine.clone())
+            Newest { charter: ours, index: position.index, machine: position.machine.clone(), has_quorum: false }
         };
         for link in self.mesh().links().into_iter().filter(|link| link.up) {
             let answer = self.call(link.node, &Request::Newest, PATIENCE / 5).await;
-            if let Some(Answer::Newest(Some(theirs))) = answer {
-                let (charter, index, machine) = *theirs;
-                if charter.cluster == ours.cluster && (charter.era, index) > (newest.0, newest.1) {
-                    newest = (charter.era, index, machine);
-                }
+            let Some(Answer::Newest(Some(theirs))) = answer else { continue };
+            if theirs.charter.cluster != ours.cluster {
+                continue;
+            }
+            if theirs.has_quorum {
+                return Err(AdministrationError::NotNow(format!(
+                    "node {} can be reached and has a quorum: nothing has to be given up; see what keeps this node out with                      `dog cluster info`",
+                    link.node
+                )));
+            }
+            if (theirs.charter.era, theirs.index) > (newest.charter.era, newest.index) {
+                newest = *theirs;
             }
         }
-        let era = Era { number: newest.0.number + 1, founder: self.inner.node };
+        // An attempt that came to nothing may have left something behind.
+        let number = newest.charter.era.number.max(self.inner.era_begun.load(Ordering::Acquire)) + 1;
+        self.inner.era_begun.store(number, Ordering::Release);
+        let era = Era { number, founder: self.inner.node };
         let charter = Charter { cluster: ours.cluster, era };
-        tracing::warn!("an operator goes on without the majority: era {}, from index {}", era.number, newest.1);
-        let mut state = ClusterState::clone(&newest.2.state);
+        tracing::warn!("an operator goes on without the majority: era {}, from index {}", era.number, newest.index);
+        let mut state = ClusterState::clone(&newest.machine.state);
         let links = self.mesh().links();
         let here = |node: &NodeId| *node == self.inner.node || links.iter().any(|link| link.node == *node && link.up);
         let gone: Vec<NodeId> = state.members.keys().copied().filter(|node| !here(node)).collect();
-        // Nothing to evict, or nothing in doubt, changes nothing.
-        state.apply(&Command::Evict { nodes: gone, time: self.label() });
-        state.apply(&Command::ForceRecover { time: self.label() });
+        state.begin_era(&gone, self.label());
         self.begin_order(charter, state).await.map_err(AdministrationError::Order)?;
         self.save().await?;
         Ok("forced".to_string())

@@ -40,8 +40,8 @@ pub enum Request {
     Join(Join),
     /// A connection to this process broke and could not be made again.
     Suspect { node: NodeId, boot: u64 },
-    /// What do you find at this node's addresses?
-    Probe { node: NodeId },
+    /// Do you find this process at its node's addresses, or otherwise?
+    Probe { node: NodeId, boot: u64 },
     /// "I am about to make a cluster": nobody else may for a moment.
     Prepare { founder: NodeId },
     /// The cluster was made; you are in.
@@ -182,6 +182,19 @@ pub struct Acquaintance {
     pub endpoint: String,
 }
 
+/// What a node knows of the order.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Newest {
+    /// Of which.
+    pub charter: Charter,
+    /// Up to where.
+    pub index: u64,
+    /// The state there.
+    pub machine: Machine,
+    /// Whether it has heard from a quorum just now.
+    pub has_quorum: bool,
+}
+
 /// An answer; the variants are those of the requests.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[expect(missing_docs, reason = "the variants are answers to the requests of the same names")]
@@ -198,7 +211,7 @@ pub enum Answer {
     /// Whether nobody else is making a cluster and none was made; else why not.
     Prepare(Result<(), String>),
     Acquaintances(Vec<Acquaintance>),
-    Newest(Option<Box<(Charter, u64, Machine)>>),
+    Newest(Option<Box<Newest>>),
     Asking(Vec<(NodeId, Fingerprint, String)>),
     /// Taken note of.
     Noted,

@@ -36,7 +36,7 @@ mod voting;
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
@@ -137,6 +137,8 @@ struct Inner {
     proposals: proposals::Proposals,
     /// While an order is begun here, nobody's votes on an earlier one are answered.
     beginning: AtomicBool,
+    /// The highest number of an era that this process tried to begin.
+    era_begun: AtomicU32,
     leaving: AtomicBool,
     /// Why this process cannot go on, if so.
     fatal: watch::Sender<Option<String>>,
@@ -268,6 +270,7 @@ impl Quorum {
             linked: Mutex::new(BTreeMap::new()),
             proposals: proposals::Proposals::default(),
             beginning: AtomicBool::new(false),
+            era_begun: AtomicU32::new(0),
             leaving: AtomicBool::new(false),
             fatal: watch::channel(None).0,
         };
@@ -330,6 +333,12 @@ impl Quorum {
     /// This node's part in the votes, if it leads.
     fn leading(&self) -> Option<Arc<Voting>> {
         self.consensus().filter(|consensus| consensus.is_leader())
+    }
+
+    /// Whether a leader that a quorum follows was heard just now, whether or not it counts this process in.
+    fn has_quorum(&self) -> bool {
+        let answered = lock(&self.inner.pulse).answered;
+        self.inner.fence.is_open() || answered.is_some_and(|at| self.now().saturating_sub(at) < FENCE)
     }
 
     fn is_member(&self, state: &ClusterState) -> bool {
@@ -614,6 +623,7 @@ impl Driver for Quorum {
     fn leave(&self) -> DriverFuture<'_, ()> {
         Box::pin(async move {
             self.inner.leaving.store(true, Ordering::Release);
+            self.inner.fence.shut();
             self.say_goodbye().await;
         })
     }

@@ -29,7 +29,7 @@ impl Quorum {
         }
         self.add_others(&mut nodes);
         let missing: Vec<String> = voters.iter().filter(|voter| !up(voter)).map(NodeId::to_string).collect();
-        let has_quorum = self.inner.fence.is_open();
+        let has_quorum = self.has_quorum();
         Overview {
             driver: "raft",
             has_quorum,
@@ -115,7 +115,10 @@ impl Quorum {
                     missing.join(" or ")
                 );
             }
-            return "the voters are agreeing on a leader, or are letting this node in again".to_string();
+            return "the voters are agreeing on a leader".to_string();
+        }
+        if *phase == Phase::Running && !self.inner.fence.is_open() {
+            return "the others are letting this node in again".to_string();
         }
         match phase {
             Phase::Waiting { missing, .. } => {

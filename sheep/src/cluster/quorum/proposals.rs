@@ -138,7 +138,7 @@ impl Quorum {
     /// people who ask must get an answer.
     pub(super) async fn read_barrier(&self) -> Result<(), OrderError> {
         let Some(charter) = self.charter() else { return Ok(()) };
-        let patience = if self.inner.fence.is_open() { BARRIER_PATIENCE } else { BARRIER_PATIENCE_ALONE };
+        let patience = if self.has_quorum() { BARRIER_PATIENCE } else { BARRIER_PATIENCE_ALONE };
         let caught_up = async {
             loop {
                 if let Some(index) = self.ask_index().await {

@@ -9,10 +9,13 @@ use std::collections::BTreeSet;
 use std::time::Duration;
 
 use sheep_core::admission::Fingerprint;
+use sheep_core::cluster_state::{ClusterState, Phase};
 use sheep_core::member::NodeId;
+use sheep_core::stamp::Epoch;
 
 use super::charter::Charter;
 use super::messages::{Answer, Ping, Pong, Request};
+use super::voting::Voting;
 use super::{FENCE, Quorum, lock};
 
 /// How often the leader is asked: often enough that a lost packet or two (TCP sends again after some 200 ms) is made good
@@ -20,6 +23,8 @@ use super::{FENCE, Quorum, lock};
 const PULSE: Duration = Duration::from_millis(200);
 /// Without a good answer for this long, everybody is asked, and asked to ask the leader.
 const WORRY: Duration = Duration::from_millis(500);
+/// How long a leader's word that a node has no part in the votes counts when nobody leads any more.
+const BARRED: Duration = Duration::from_secs(5);
 /// An answer that comes later is of no use.
 const PATIENCE: Duration = Duration::from_millis(1500);
 /// Nodes that ask to come in, of which the others are told.
@@ -42,6 +47,8 @@ pub struct Known {
     pub in_cluster: bool,
     /// Whether this node has a part in the votes, by the leader's word.
     pub in_votes: bool,
+    /// Until when this node does not stand for election, because the leader said that it has no part in the votes any more.
+    pub barred_until: Option<Duration>,
     /// Up to where the leader had applied the order when it answered last, and the time before.
     pub indices: [u64; 2],
     /// Nodes that ask to come in, by the leader's word.
@@ -74,6 +81,9 @@ impl Quorum {
             }
             (known.leader, known.answered.is_none_or(|at| now.saturating_sub(at) > WORRY))
         };
+        if let Some(consensus) = self.consensus() {
+            consensus.set_may_elect(self.may_stand(&consensus, now));
+        }
         let asked: Vec<NodeId> = match leader.filter(|leader| *leader != self.inner.node) {
             Some(leader) if !worried => vec![leader],
             _ => self.whom_to_ask(),
@@ -84,15 +94,32 @@ impl Quorum {
         }
     }
 
+    /// Whether this node may stand for election. Standing deposes a leader even if nobody votes for this node, because the
+    /// next term begins with it: so only one may that reaches a majority and can hear of no leader from any of them (what
+    /// Raft calls a pre-vote; D. Ongaro, "Consensus: Bridging Theory and Practice", 2014, section 9.6).
+    fn may_stand(&self, consensus: &Voting, now: Duration) -> bool {
+        let (answered, barred_until) = {
+            let known = lock(&self.inner.pulse);
+            (known.answered.unwrap_or(self.inner.started), known.barred_until)
+        };
+        if now.saturating_sub(answered) <= WORRY || barred_until.is_some_and(|until| now < until) {
+            return false;
+        }
+        let voters = consensus.voters();
+        let links = self.mesh().links();
+        let here =
+            |voter: &&NodeId| **voter == self.inner.node || links.iter().any(|link| link.node == **voter && link.up);
+        let there = voters.iter().filter(here).count();
+        voters.contains(&self.inner.node) && there > voters.len() / 2
+    }
+
     /// The leader's own right to serve.
-    fn beat_for_oneself(&self, consensus: &super::voting::Voting) {
+    fn beat_for_oneself(&self, consensus: &Voting) {
         let asked = self.now();
         let state = self.state();
         let counted = lock(&self.inner.stewardship).counts(self.inner.node);
-        if let Some(member) = state.members.get(&self.inner.node) {
-            self.inner.fence.came_in(member.since);
-        }
-        if let Some(age) = consensus.quorum_age().filter(|_| counted && self.is_member(&state)) {
+        if let (Some(since), Some(age)) = (self.serves_since(&state), consensus.quorum_age().filter(|_| counted)) {
+            self.inner.fence.came_in(since);
             self.inner.fence.extend((asked + FENCE).saturating_sub(age));
         }
         let mut known = lock(&self.inner.pulse);
@@ -103,6 +130,14 @@ impl Quorum {
         known.voters = consensus.voters();
         known.term = consensus.term();
         known.in_cluster = self.is_member(&state);
+    }
+
+    /// The epoch since which this process may serve in a state, if at all. While members of an earlier life are waited for,
+    /// nobody may, and the epoch that they will serve in is not known yet: the last one goes on if all come back.
+    fn serves_since(&self, state: &ClusterState) -> Option<Epoch> {
+        let waiting = matches!(state.phase, Phase::Waiting { .. });
+        let member = state.members.get(&self.inner.node).filter(|member| member.member.boot == self.inner.boot);
+        member.filter(|_| !waiting).map(|member| member.since)
     }
 
     fn whom_to_ask(&self) -> Vec<NodeId> {
@@ -175,21 +210,17 @@ impl Quorum {
                 known.answered = known.answered.max(Some(asked));
                 known.in_cluster = counted;
                 known.in_votes = pong.raft_nodes.contains(&self.inner.node);
+                known.barred_until = (!known.in_votes).then_some(asked.saturating_add(BARRED));
                 known.indices = [pong.index, known.indices[0]];
                 known.asking.clone_from(&pong.asking);
             }
         }
         // What is known here may still be from before this process was taken out and came in again.
-        let here = self.state().members.get(&self.inner.node).map(|member| member.since);
         if let (Some(since), Some(age)) = (pong.member_since, pong.lease_age_us.filter(|_| counted))
-            && here == Some(since)
+            && self.serves_since(&self.state()) == Some(since)
         {
             self.inner.fence.came_in(since);
             self.inner.fence.extend((asked + FENCE).saturating_sub(Duration::from_micros(age)));
-        }
-        if let (Some(consensus), Some(_)) = (self.consensus(), pong.lease_age_us) {
-            // Whoever has no part in the votes any more must not disturb them.
-            consensus.set_may_elect(pong.raft_nodes.contains(&self.inner.node));
         }
     }
 

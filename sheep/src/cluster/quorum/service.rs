@@ -9,7 +9,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use sheep_core::member::NodeId;
 
-use super::messages::{Answer, Request, decode, encode};
+use super::messages::{Answer, Newest, Request, decode, encode};
 use super::{Quorum, lock};
 use crate::cluster::consensus::{Carrier, Unreachable};
 use crate::cluster::mesh::{Peer, Service, Standing};
@@ -52,12 +52,13 @@ impl Quorum {
                 self.suspect(node, boot).await;
                 Answer::Noted
             }
-            Request::Probe { node } => Answer::Probe(self.probe(node).await),
+            Request::Probe { node, boot } => Answer::Probe(self.probe(node, boot).await),
             Request::Newest => {
+                let has_quorum = self.has_quorum();
                 let position = lock(&self.inner.position);
-                Answer::Newest(
-                    position.charter.map(|charter| Box::new((charter, position.index, position.machine.clone()))),
-                )
+                let newest =
+                    |charter| Newest { charter, index: position.index, machine: position.machine.clone(), has_quorum };
+                Answer::Newest(position.charter.map(newest).map(Box::new))
             }
             Request::Asking => Answer::Asking(self.asking()),
             Request::Prepare { .. } => Answer::Unknown,

@@ -57,6 +57,8 @@ pub struct Stewardship {
     evicting: BTreeSet<NodeId>,
     /// Processes that ping under a member's identity and are not the member's.
     contested: BTreeMap<NodeId, u64>,
+    /// Members that somebody is looking at.
+    examining: BTreeSet<NodeId>,
     /// Up to where the leader had applied the order, and when: the last second of it.
     pace: VecDeque<(Duration, u64)>,
     /// Since when two members have not reached each other.
@@ -74,7 +76,8 @@ enum Condition {
 impl Stewardship {
     fn begin_if_new(&mut self, term: u64, now: Duration) {
         if self.term != term {
-            *self = Stewardship { term, since: now, ..Stewardship::default() };
+            let examining = std::mem::take(&mut self.examining);
+            *self = Stewardship { term, since: now, examining, ..Stewardship::default() };
         }
     }
 
@@ -272,8 +275,11 @@ impl Quorum {
         let now = self.now();
         let own = (self.inner.node, self.inner.boot);
         let restarted = state.members.get(&own.0).is_none_or(|member| member.member.boot != own.1);
-        if state.phase == Phase::Shutdown && restarted {
-            self.steward(Command::Restart).await;
+        if state.phase == Phase::Shutdown {
+            // Who goes first is not gone: all of them are stopping.
+            if restarted {
+                self.steward(Command::Restart).await;
+            }
             return;
         }
         self.condemn_banned(&state, now);
@@ -378,12 +384,22 @@ impl Quorum {
         }
     }
 
-    /// Connects to a member to see which process is there. `other` pings under its identity.
-    async fn examine(&self, node: NodeId, boot: u64, other: Option<u64>) {
-        match self.probe(node).await {
+    /// Connects to a member to see which process is there, unless that is being done. `other` pings under its identity.
+    pub(super) async fn examine(&self, node: NodeId, boot: u64, other: Option<u64>) {
+        if !lock(&self.inner.stewardship).examining.insert(node) {
+            return;
+        }
+        self.look_at(node, boot, other).await;
+        lock(&self.inner.stewardship).examining.remove(&node);
+    }
+
+    async fn look_at(&self, node: NodeId, boot: u64, other: Option<u64>) {
+        match self.probe(node, boot).await {
             Found::Alive(there) if there != boot => self.bury(node, boot),
             // Nobody at its address: the second path is the ping of its successor, or another member's word.
-            Found::Refused if other.is_some() || self.confirmed_by_another(node, boot).await => self.bury(node, boot),
+            Found::Refused if other.is_some() || self.confirmed_by_another(node, boot).await => {
+                self.bury(node, boot);
+            }
             Found::Alive(_) => {
                 if let Some(other) = other
                     && lock(&self.inner.stewardship).note_duplicate(node, other)
@@ -395,8 +411,12 @@ impl Quorum {
         }
     }
 
-    /// A process is certainly gone.
+    /// A process is gone, unless it turns out to be connected with this one.
     pub(super) fn bury(&self, node: NodeId, boot: u64) {
+        if self.mesh().is_connected_with(node, boot) {
+            tracing::debug!("node {node} (process {boot:016x}) lives, although its address does not answer for it");
+            return;
+        }
         lock(&self.inner.stewardship).prove_dead(node, boot);
         self.inner.steward_wake.notify_one();
     }

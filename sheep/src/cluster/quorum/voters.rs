@@ -16,9 +16,10 @@ const PATIENCE: Duration = Duration::from_secs(5);
 
 /// The voters that `state` should have, given those it has and those who are present. The same set if no change helps.
 pub fn choose(state: &ClusterState, voters: &BTreeSet<NodeId>, present: &BTreeSet<NodeId>) -> BTreeSet<NodeId> {
-    // A voter that is silent keeps its vote until it is evicted.
-    let able: BTreeSet<NodeId> =
-        present.union(voters).copied().filter(|node| state.members.contains_key(node)).collect();
+    // A voter that is silent keeps its vote until it is evicted, and one that was evicted keeps it while it is there: it is
+    // about to come in again, and may be the one that leads.
+    let stays = |node: &NodeId| state.members.contains_key(node) || (present.contains(node) && voters.contains(node));
+    let able: BTreeSet<NodeId> = present.union(voters).copied().filter(stays).collect();
     let living = voters.intersection(&able).count();
     let size = match able.len() {
         0 => return voters.clone(),
@@ -60,7 +61,8 @@ impl Quorum {
     /// Changes the voters if that makes the cluster bear more.
     pub(super) async fn choose_voters(&self, consensus: &Voting) {
         let state = self.state();
-        if !matches!(state.phase, Phase::Running | Phase::Waiting { .. }) {
+        // While those of an earlier life are waited for, it is too early to tell who is there.
+        if state.phase != Phase::Running {
             return;
         }
         let now = self.now();
@@ -136,6 +138,18 @@ mod tests {
         assert_eq!(choose(&state5, &set(&[1, 2, 3, 4, 5]), &set(&[1, 2, 3, 4])), set(&[1, 2, 3, 4, 5]));
         state5.members.remove(&NodeId(4));
         assert_eq!(choose(&state5, &set(&[1, 2, 3, 4, 5]), &set(&[1, 2, 3])), set(&[1, 2, 3]));
+    }
+
+    #[test]
+    fn a_voter_that_is_about_to_come_in_again_stays_one() {
+        let mut state = state(&[1, 2, 3, 4, 5]);
+        let all = set(&[1, 2, 3, 4, 5]);
+        for node in [1, 4] {
+            state.members.remove(&NodeId(node));
+        }
+        assert_eq!(choose(&state, &all, &all), all);
+        assert_eq!(choose(&state, &all, &set(&[1, 2, 3, 5])), all, "three would bear as many deaths as four");
+        assert_eq!(choose(&state, &all, &set(&[2, 3, 5])), set(&[2, 3, 5]));
     }
 
     #[test]
