@@ -692,6 +692,44 @@ fn a_majority_gone_for_good_is_given_up_by_order_only() -> Result<()> {
 }
 
 #[test]
+fn a_minority_that_goes_on_takes_all_of_it_along() -> Result<()> {
+    if is_skipped("dog cluster recover force by two of five") {
+        return Ok(());
+    }
+    // Any two of five have every object.
+    let mut flock = Flock::formatted(5, 4)?;
+    let record = record(&flock)?;
+    let load = load(&flock, &record, &[0, 1, 2, 3, 4], seed())?;
+    let first = flock.leader(0)?;
+    // The order is not in its first term any more.
+    flock.kill(&[first])?;
+    let rest = others(5, &[first]);
+    load.wait_progress(&rest, 20, LIVELY)?;
+    flock.start(first)?;
+    flock.wait_members(5)?;
+    flock.wait_recovered()?;
+    let here = flock.leader(0)?;
+    let one = pick(&mut Random::new(seed()), &others(5, &[here]));
+    let dead = others(5, &[here, one]);
+    let epoch = flock.info(here)?.epoch;
+    let id = format!("{}\n", flock.info(one)?.cluster_id);
+    let refused = flock.dog_with(one, &["cluster", "recover", "force"], id.as_bytes(), Duration::from_mins(1))?;
+    ensure!(refused.code() != Some(0), "a cluster that lacks nothing has nothing to give up: {refused}");
+    flock.kill(&dead)?;
+    std::thread::sleep(FENCED_AFTER + Duration::from_secs(1));
+    flock.dog_with(one, &["cluster", "recover", "force"], id.as_bytes(), Duration::from_mins(1))?.ok()?;
+    // The other one is not restarted: it follows.
+    flock.wait_members_of(&[here, one], 2)?;
+    let on = load.wait_progress(&[here, one], 20, LIVELY)?;
+    let after = flock.info(here)?.epoch;
+    eprintln!("two of five go on {on:.1?} after the order, in epoch {after} after {epoch}");
+    ensure!(after > epoch + 60_000, "an epoch that the others cannot have come to");
+    settle("two of five", &record, load)?;
+    read_back(&flock, &record, &[here, one])?;
+    flock.finish()
+}
+
+#[test]
 fn a_flapping_link_leaves_one_history() -> Result<()> {
     if is_skipped("a flapping link") {
         return Ok(());
@@ -870,6 +908,15 @@ fn who_lacks_the_key_stays_out() -> Result<()> {
     let file = key_file(&flock, "right", &first_key)?;
     flock.launch_with(right, &["--key", path_text(&file)?])?;
     flock.wait_members_of(&[0, 1, 2, right], 4).context("who has the key comes in by itself")?;
+
+    // From the host of the node that stays out: it has no key of its own.
+    let address = flock.network.address(0).to_string();
+    let remote = |key: &[&str]| flock.dog(wrong, &[&["-a", &address, "node", "list"], key].concat());
+    let listed = remote(&["--key", path_text(&file)?])?.ok()?;
+    ensure!(listed.out().matches(":7000").count() == 4, "with the key, dog asks from anywhere: {listed}");
+    ensure!(remote(&[])?.code() != Some(0), "without it, not");
+    let foreign = key_file(&flock, "foreign", &foreign_key)?;
+    ensure!(remote(&["--key", path_text(&foreign)?])?.code() != Some(0), "nor with another cluster's");
 
     let rotated = Instant::now();
     flock.dog(1, &["cluster", "key", "rotate"])?.ok()?;

@@ -206,8 +206,11 @@ impl Quorum {
             if !pong.voters.is_empty() {
                 known.voters.clone_from(&pong.voters);
             }
-            if pong.lease_age_us.is_some() {
-                known.answered = known.answered.max(Some(asked));
+            if let Some(age) = pong.lease_age_us {
+                // A leader that nobody follows any more does not speak for a quorum.
+                if Duration::from_micros(age) < FENCE {
+                    known.answered = known.answered.max(Some(asked));
+                }
                 known.in_cluster = counted;
                 known.in_votes = pong.raft_nodes.contains(&self.inner.node);
                 known.barred_until = (!known.in_votes).then_some(asked.saturating_add(BARRED));
