@@ -1,6 +1,7 @@
 //! From the words of a command line to [`Typed`], or to the texts that the old tool gave for a wrong one.
 //!
-//! The first two words are looked at before the options: no option may precede them, and they are never abbreviated.
+//! The first two words are looked at before the options, and they are never abbreviated. The old tool let no option precede them;
+//! those that say whom to ask may here, because people write `dog -a HOST node list`.
 //! What follows `img`, `io` and `nbd` belongs to another program and is not looked at here.
 
 use std::ffi::OsString;
@@ -60,6 +61,7 @@ impl Answered {
 pub fn parse(words: &[OsString]) -> Result<Parsed, Answered> {
     let mut tree = Typed::command();
     tree.build();
+    let (leading, words) = words.split_at(leading_options(words));
     let first = words.first().map(|word| word.to_string_lossy().into_owned());
     let Some(first) = first.filter(|word| !matches!(word.as_str(), "help" | "--help" | "-h")) else {
         let asked = help(&mut tree, words.get(1..).unwrap_or_default()).unwrap_or_else(|| overview(&tree));
@@ -67,18 +69,40 @@ pub fn parse(words: &[OsString]) -> Result<Parsed, Answered> {
     };
     if let Some(command) = other_program(&first, &words[1..]) {
         let usage = usage_of(&mut tree, &[&first]).unwrap_or_default();
-        return Ok(Parsed { typed: Typed { address: None, port: None, key_file: None, time: false, command }, usage });
+        // Its own words are not looked at: the options are taken from any other command that has them.
+        let argv = ["dog", "node", "list"].into_iter().map(OsString::from).chain(leading.iter().cloned());
+        let typed = tree.try_get_matches_from(argv).and_then(|matches| Typed::from_arg_matches(&matches));
+        let typed = typed.map_err(|error| answer_to(&error, &first, "", &usage))?;
+        return Ok(Parsed { typed: Typed { command, ..typed }, usage });
     }
     let second = words.get(1).map(|word| word.to_string_lossy().into_owned());
     check_known(&tree, &first, second.as_deref())?;
     let second = second.expect("a missing second word was answered");
     let usage = usage_of(&mut tree, &[&first, &second]).expect("both words were found in the tree");
-    let argv = std::iter::once(OsString::from("dog")).chain(words.iter().cloned());
+    let (command, rest) = words.split_at(2);
+    let argv = std::iter::once(OsString::from("dog")).chain([command, leading, rest].concat());
     let typed = tree.try_get_matches_from(argv).and_then(|matches| Typed::from_arg_matches(&matches));
     match typed {
         Ok(typed) => Ok(Parsed { typed, usage }),
         Err(error) => Err(answer_to(&error, &first, &second, &usage)),
     }
+}
+
+/// How many words at the beginning are options that say whom to ask, with their values.
+fn leading_options(words: &[OsString]) -> usize {
+    const WITH_VALUE: [&str; 5] = ["-a", "--address", "-p", "--port", "--key"];
+    const JOINED: [&str; 5] = ["-a", "--address=", "-p", "--port=", "--key="];
+    let mut count = 0;
+    while let Some(word) = words.get(count).map(|word| word.to_string_lossy()) {
+        if WITH_VALUE.contains(&&*word) && words.len() > count + 1 {
+            count += 2;
+        } else if JOINED.iter().any(|option| word.len() > option.len() && word.starts_with(option)) {
+            count += 1;
+        } else {
+            break;
+        }
+    }
+    count
 }
 
 /// Answers unless both words name something that can be run.
@@ -239,6 +263,21 @@ mod tests {
         let typed = parse_text("node list -p 1 -p 2 -r -r").expect("repeated").typed;
         assert_eq!(typed.port.as_deref(), Some("2"));
         assert!(matches!(typed.command, Command::Node(Node::List(shape)) if shape.raw));
+    }
+
+    #[test]
+    fn whom_to_ask_may_come_first() {
+        for line in ["-a h --key f node list -r", "-ah --key=f node list -r", "--address h node list --key f -r"] {
+            let typed = parse_text(line).expect(line).typed;
+            assert_eq!(typed.address.as_deref(), Some("h"), "{line}");
+            assert_eq!(typed.key_file.as_deref(), Some("f".as_ref()), "{line}");
+            assert!(matches!(typed.command, Command::Node(Node::List(shape)) if shape.raw), "{line}");
+        }
+        let typed = parse_text("-p 7001 img convert -p x y").expect("img").typed;
+        assert_eq!(typed.port.as_deref(), Some("7001"));
+        assert!(matches!(typed.command, Command::Img(verbatim) if verbatim.words.len() == 4));
+        assert_eq!(refused("-a").err, "Invalid command '-a'\nTry 'dog --help' for more information.\n");
+        assert_eq!(refused("-a h").out, refused("help").out);
     }
 
     #[test]
