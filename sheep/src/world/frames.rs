@@ -201,12 +201,61 @@ async fn write_batch(writer: &mut Box<dyn AsyncWrite + Send + Unpin>, batch: &mu
             batch.pop_front();
         }
     }
-    Ok(())
+    // A writer that encrypts may have taken more than the socket did: on a connection that falls silent now, the rest of an
+    // answer would never leave.
+    writer.flush().await
 }
 
 #[cfg(test)]
 mod tests {
+    use std::pin::Pin;
+    use std::task::{Context, Poll};
+
     use super::*;
+
+    /// Takes everything at once and passes it on only when it is flushed.
+    struct Hoarder<W> {
+        inner: W,
+        hoard: BytesMut,
+    }
+
+    impl<W: AsyncWrite + Unpin> AsyncWrite for Hoarder<W> {
+        fn poll_write(mut self: Pin<&mut Self>, _: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+            self.hoard.extend_from_slice(bytes);
+            Poll::Ready(Ok(bytes.len()))
+        }
+
+        fn poll_flush(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+            let this = &mut *self;
+            while !this.hoard.is_empty() {
+                match Pin::new(&mut this.inner).poll_write(context, &this.hoard) {
+                    Poll::Ready(Ok(count)) => this.hoard.advance(count),
+                    Poll::Ready(Err(error)) => return Poll::Ready(Err(error)),
+                    Poll::Pending => return Poll::Pending,
+                }
+            }
+            Pin::new(&mut this.inner).poll_flush(context)
+        }
+
+        fn poll_shutdown(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+            Pin::new(&mut self.inner).poll_shutdown(context)
+        }
+    }
+
+    #[tokio::test]
+    async fn nothing_stays_behind_in_a_writer_that_buffers() {
+        let (near, far) = tokio::io::duplex(1000);
+        let (_, writer) = tokio::io::split(near);
+        let (reader, _) = tokio::io::split(far);
+        let sender = FrameSender::start(Box::new(Hoarder { inner: writer, hoard: BytesMut::new() }));
+        let mut reader = FrameReader::new(Box::new(reader));
+        for round in 0..3 {
+            assert!(sender.send(Bytes::from_static(b"head"), vec![round; 5000].into()));
+            // Nothing else is sent before this arrived.
+            assert_eq!(reader.header::<4>().await.unwrap(), Some(*b"head"));
+            assert_eq!(reader.payload(5000).await.unwrap(), vec![round; 5000]);
+        }
+    }
 
     #[tokio::test]
     async fn many_messages_arrive_whole_and_in_order() {

@@ -385,11 +385,16 @@ async fn compare(data: &Data, holder: &Arc<Holder>, oid: Oid, epoch: Epoch) -> R
         // An object of a VDI that this node has not heard of: nothing refers to it.
         return Ok(Compared::Newest);
     };
-    let Some(answers) = ask_everybody(data, holder, &view, oid, &location).await else { return Ok(Compared::Again) };
+    let Some(answers) = ask_everybody(data, holder, &view, oid, &location).await else {
+        tracing::debug!("object {oid}: not everybody who may have it answered");
+        return Ok(Compared::Again);
+    };
     if holder.epoch() != epoch {
         return Err(RecoveryEnd::EpochOver);
     }
-    match view.history.decide(location.key, location.copies, &answers) {
+    let decision = view.history.decide(location.key, location.copies, &answers);
+    tracing::debug!("object {oid} in epoch {epoch}: {decision:?} from {answers:?}");
+    match decision {
         Decision::Unheard(unheard) => {
             *data.progress().blocked.lock().unwrap_or_else(std::sync::PoisonError::into_inner) = Some((oid, unheard));
             Ok(Compared::Again)
@@ -407,6 +412,7 @@ async fn compare(data: &Data, holder: &Arc<Holder>, oid: Oid, epoch: Epoch) -> R
             if holder.version(oid).is_ok_and(|version| version.is_some_and(|version| version.stamp == stamp)) {
                 // What a dead writer left on some holders only must be on all before anybody reads it.
                 if holder.is_doubtful(oid) && !all_have_it(&view, &location, &answers, stamp) {
+                    tracing::debug!("object {oid} was left half-written: not every holder has {stamp} yet");
                     return Ok(Compared::Again);
                 }
                 // If not among them it has the same writes: only the time of its last confirmation is older.
