@@ -129,6 +129,11 @@ pub enum Vdi {
     /// Show which snapshot grew from which
     #[command(after_help = "Example:\n  dog vdi tree")]
     Tree,
+    /// Show which snapshot grew from which, for Graphviz
+    #[command(after_help = "Example:\n  dog vdi graph | dot -Tsvg > vdis.svg\n\n\
+        Working VDIs are red. A box with nothing but an id stands for a VDI that was deleted.\n\
+        Differs from the old tool: Tag is the tag of a snapshot, its number only where it has none.")]
+    Graph,
     /// Show where the objects of a VDI are, or which it has
     #[command(after_help = "Examples:\n  dog vdi object map disk1\n  dog vdi object location disk1\n  \
         dog vdi object location -i 12 disk1\n\nDiffers from the old tool: the nodes are asked; \

@@ -16,7 +16,7 @@ use crate::exit::Exit;
 
 /// What the old tool had and this one has not (yet): command, subcommands.
 const NOT_AVAILABLE: &[(&str, &[&str])] = &[
-    ("vdi", &["graph", "track", "backup", "restore", "alter-copy", "lock"]),
+    ("vdi", &["track", "backup", "restore", "alter-copy", "lock"]),
     ("node", &["md", "stat", "log", "vnodes", "format"]),
     ("cluster", &["reweight", "check", "snapshot", "alter-copy"]),
     ("upgrade", &[]),

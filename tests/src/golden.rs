@@ -9,15 +9,17 @@ use anyhow::{Context, Result, ensure};
 
 /// Replaces moments of time by their forms, of the same width where a table has them.
 ///
-/// `2026-11-21 05:11` becomes `YYYY-MM-DD HH:MM` (seconds likewise), `Sat Nov 21 05:10:53 2026` becomes
-/// `Www Mmm dd HH:MM:SS YYYY`, and a number of ten digits that is a moment of these decades in seconds, as raw output has
-/// it, becomes `SECONDS`. (A size of some GiB may have ten digits as well.)
+/// `2026-11-21 05:11` becomes `YYYY-MM-DD HH:MM` (likewise with seconds, and day and time alone),
+/// `Sat Nov 21 05:10:53 2026` becomes `Www Mmm dd HH:MM:SS YYYY`, and a number of ten digits that is a moment of these
+/// decades in seconds, as raw output has it, becomes `SECONDS`. (A size of some GiB may have ten digits as well.)
 pub fn without_times(text: &str) -> String {
     const FORMS: &[(&str, &str)] = &[
         ("9999-99-99 99:99:99", "YYYY-MM-DD HH:MM:SS"),
         ("9999-99-99 99:99", "YYYY-MM-DD HH:MM"),
         ("Aaa Aaa 99 99:99:99 9999", "Www Mmm dd HH:MM:SS YYYY"),
         ("Aaa Aaa  9 99:99:99 9999", "Www Mmm dd HH:MM:SS YYYY"),
+        ("9999-99-99", "YYYY-MM-DD"),
+        ("99:99:99", "HH:MM:SS"),
         ("9999999999", "SECONDS"),
     ];
     let mut out = String::with_capacity(text.len());
@@ -83,6 +85,7 @@ mod tests {
         assert_eq!(without_times("2026-11-21 05:10:53      1 ["), "YYYY-MM-DD HH:MM:SS      1 [");
         assert_eq!(without_times("at Sat Nov 21 05:10:53 2026\n"), "at Www Mmm dd HH:MM:SS YYYY\n");
         assert_eq!(without_times("at Sun Nov  1 05:10:53 2026\n"), "at Www Mmm dd HH:MM:SS YYYY\n");
+        assert_eq!(without_times("Date: 2026-11-21\\nTime:   05:10:53"), "Date: YYYY-MM-DD\\nTime:   HH:MM:SS");
         assert_eq!(without_times("41943040 1795237889 12"), "41943040 SECONDS 12");
         assert_eq!(without_times("12345678901 x"), "12345678901 x");
         assert_eq!(without_times("1073741824 2147483648"), "1073741824 2147483648");

@@ -115,6 +115,7 @@ fn vdi_commands() -> Result<()> {
     ensure!(silent.out().is_empty() && silent.err().is_empty(), "{silent}");
     check(&cluster, "vdi_list", &["vdi", "list"])?;
     check(&cluster, "vdi_list_raw", &["vdi", "list", "-r"])?;
+    check(&cluster, "vdi_graph", &["vdi", "graph"])?;
     let clone = cluster.dog(&["vdi", "clone", "-v", "-s", "snap1", "test", "a copy"])?.ok()?;
     ensure!(clone.out().starts_with("VDI ID of newly created clone: "), "{clone}");
     let create_raw = cluster.dog(&["vdi", "create", "-rv", "x", "1G"])?.ok()?;

@@ -2,6 +2,7 @@
 
 mod attach;
 mod cluster;
+mod graph;
 mod image;
 pub mod node;
 mod object;

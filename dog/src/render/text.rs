@@ -10,6 +10,10 @@ use jiff::tz::TimeZone;
 pub const MINUTES: &str = "%Y-%m-%d %H:%M";
 /// As in the history of epochs.
 pub const SECONDS: &str = "%Y-%m-%d %H:%M:%S";
+/// The day alone.
+pub const DATE: &str = "%Y-%m-%d";
+/// The time of the day alone.
+pub const TIME: &str = "%H:%M:%S";
 /// As the C library's `ctime` has it.
 pub const CTIME: &str = "%a %b %e %H:%M:%S %Y";
 

@@ -12,6 +12,7 @@ pub mod clone;
 pub mod create;
 pub mod delete;
 mod getattr;
+pub mod graph;
 mod lanes;
 pub mod list;
 pub mod object;
@@ -36,6 +37,7 @@ pub fn run(command: &Vdi, target: Target) -> Result<Report, Failure> {
         Vdi::Rollback(typed) => rollback::run(typed, target),
         Vdi::List(typed) => list::run(typed, target),
         Vdi::Tree => tree::run(target),
+        Vdi::Graph => graph::run(target),
         Vdi::Object(typed) => object::run(typed, target),
         Vdi::Setattr(typed) => setattr::run(typed, target),
         Vdi::Getattr(typed) => getattr::run(typed, target),
