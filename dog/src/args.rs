@@ -6,7 +6,7 @@
 
 use std::ffi::OsString;
 
-use clap::{Args, Parser, Subcommand};
+use clap::{Args, Parser, Subcommand, ValueHint};
 
 /// The options of `dog` itself have no place before another program's.
 const VERBATIM_HELP: &str = "{about-with-newline}\n{usage-heading} {usage}{after-help}";
@@ -23,7 +23,7 @@ pub struct Typed {
     #[arg(short, long, global = true, value_name = "PORT", allow_hyphen_values = true)]
     pub port: Option<String>,
     /// Connect to the port for other nodes, encrypted, with this copy of the cluster key; default DOG_KEY
-    #[arg(id = "key_file", long = "key", global = true, value_name = "FILE")]
+    #[arg(id = "key_file", long = "key", global = true, value_name = "FILE", value_hint = ValueHint::FilePath)]
     pub key_file: Option<OsString>,
     /// Print at the end how long it took
     #[arg(short = 'T', long, global = true)]
@@ -81,6 +81,31 @@ pub enum Command {
         DOG_QEMU_NBD names another program than qemu-nbd."
     )]
     Nbd(Verbatim),
+    /// Print what teaches a shell the words of this tool
+    #[command(after_help = "Examples:\n  dog completions bash > /etc/bash_completion.d/dog\n  \
+        dog completions zsh > /usr/local/share/zsh/site-functions/_dog\n  \
+        dog completions fish > ~/.config/fish/completions/dog.fish")]
+    Completions(Completions),
+    /// Write the manual pages
+    #[command(after_help = "Example:\n  dog man /usr/local/share/man/man1\n\n\
+        One page for each command: dog.1, dog-vdi.1, dog-vdi-create.1 and so on.")]
+    Man(Man),
+}
+
+#[derive(Debug, Args)]
+#[allow(missing_docs)]
+pub struct Completions {
+    /// bash, zsh or fish
+    #[arg(value_name = "bash|zsh|fish")]
+    pub shell: String,
+}
+
+#[derive(Debug, Args)]
+#[allow(missing_docs)]
+pub struct Man {
+    /// Where to write them; made if it does not exist
+    #[arg(value_hint = ValueHint::DirPath)]
+    pub directory: OsString,
 }
 
 /// Words that are another program's.

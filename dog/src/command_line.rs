@@ -2,7 +2,8 @@
 //!
 //! The first two words are looked at before the options, and they are never abbreviated. The old tool let no option precede them;
 //! those that say whom to ask may here, because people write `dog -a HOST node list`.
-//! What follows `img`, `io` and `nbd` belongs to another program and is not looked at here.
+//! What follows `img`, `io` and `nbd` belongs to another program and is not looked at here; `completions` and `man` have no
+//! second word.
 
 use std::ffi::OsString;
 use std::fmt::Write as _;
@@ -72,19 +73,22 @@ pub fn parse(words: &[OsString]) -> Result<Parsed, Answered> {
         // Its own words are not looked at: the options are taken from any other command that has them.
         let argv = ["dog", "node", "list"].into_iter().map(OsString::from).chain(leading.iter().cloned());
         let typed = tree.try_get_matches_from(argv).and_then(|matches| Typed::from_arg_matches(&matches));
-        let typed = typed.map_err(|error| answer_to(&error, &first, "", &usage))?;
+        let typed = typed.map_err(|error| answer_to(&error, &first, &usage))?;
         return Ok(Parsed { typed: Typed { command, ..typed }, usage });
     }
     let second = words.get(1).map(|word| word.to_string_lossy().into_owned());
-    check_known(&tree, &first, second.as_deref())?;
-    let second = second.expect("a missing second word was answered");
-    let usage = usage_of(&mut tree, &[&first, &second]).expect("both words were found in the tree");
-    let (command, rest) = words.split_at(2);
+    let mut names = vec![first.as_str()];
+    if tree.find_subcommand(&first).is_none_or(clap::Command::has_subcommands) {
+        check_known(&tree, &first, second.as_deref())?;
+        names.push(second.as_deref().expect("a missing second word was answered"));
+    }
+    let usage = usage_of(&mut tree, &names).expect("the words were found in the tree");
+    let (command, rest) = words.split_at(names.len());
     let argv = std::iter::once(OsString::from("dog")).chain([command, leading, rest].concat());
     let typed = tree.try_get_matches_from(argv).and_then(|matches| Typed::from_arg_matches(&matches));
     match typed {
         Ok(typed) => Ok(Parsed { typed, usage }),
-        Err(error) => Err(answer_to(&error, &first, &second, &usage)),
+        Err(error) => Err(answer_to(&error, &names.join(" "), &usage)),
     }
 }
 
@@ -162,11 +166,12 @@ fn usage_of(tree: &mut clap::Command, words: &[&str]) -> Option<String> {
 
 fn overview(tree: &clap::Command) -> String {
     let mut text = String::from("dog manages a sheep cluster.\n\nUsage: dog COMMAND SUBCOMMAND [OPTIONS]\n");
-    let mut others = Vec::new();
+    let (mut others, mut own) = (Vec::new(), Vec::new());
     for command in tree.get_subcommands() {
         let about = command.get_about().map(StyledStr::to_string).unwrap_or_default();
         if !command.has_subcommands() {
-            others.push((command.get_name(), about));
+            let group = if command.is_disable_help_flag_set() { &mut others } else { &mut own };
+            group.push((command.get_name(), about));
             continue;
         }
         let _ = writeln!(text, "\n{about}:");
@@ -180,6 +185,10 @@ fn overview(tree: &clap::Command) -> String {
     for (name, about) in others {
         let _ = writeln!(text, "  {:<22}  {about}", format!("{name} ARGS..."));
     }
+    text.push_str("\nThis tool itself:\n");
+    for (name, about) in own {
+        let _ = writeln!(text, "  {name:<22}  {about}");
+    }
     text.push_str(
         "\nExamples:\n  dog cluster format -c 3\n  dog vdi create disk1 20G\n  dog vdi list\n\n\
          See 'dog COMMAND SUBCOMMAND --help' for the options of one, with examples.\n\
@@ -191,7 +200,7 @@ fn overview(tree: &clap::Command) -> String {
     text
 }
 
-fn answer_to(error: &clap::Error, first: &str, second: &str, usage: &str) -> Answered {
+fn answer_to(error: &clap::Error, command: &str, usage: &str) -> Answered {
     let argument = match error.get(ContextKind::InvalidArg) {
         Some(ContextValue::String(argument)) => argument.clone(),
         Some(ContextValue::Strings(arguments)) => arguments.join(" "),
@@ -201,7 +210,7 @@ fn answer_to(error: &clap::Error, first: &str, second: &str, usage: &str) -> Ans
         ErrorKind::DisplayHelp => Answered::out(usage.to_owned(), Exit::Success),
         ErrorKind::MissingRequiredArgument => Answered {
             out: usage.to_owned(),
-            err: format!("dog {first} {second}: {argument} is missing\n"),
+            err: format!("dog {command}: {argument} is missing\n"),
             exit: Exit::Usage,
         },
         ErrorKind::UnknownArgument => {
@@ -212,13 +221,13 @@ fn answer_to(error: &clap::Error, first: &str, second: &str, usage: &str) -> Ans
             } else {
                 format!("unexpected argument '{argument}'")
             };
-            Answered::err(format!("dog {first} {second}: {reason}\n{TRY_HELP}"), Exit::Usage)
+            Answered::err(format!("dog {command}: {reason}\n{TRY_HELP}"), Exit::Usage)
         }
         _ => {
             let text = error.render().to_string();
             let reason = text.lines().next().unwrap_or_default();
             let reason = reason.strip_prefix("error: ").unwrap_or(reason);
-            Answered::err(format!("dog {first} {second}: {reason}\n{TRY_HELP}"), Exit::Usage)
+            Answered::err(format!("dog {command}: {reason}\n{TRY_HELP}"), Exit::Usage)
         }
     }
 }
@@ -350,6 +359,19 @@ mod tests {
             assert!(answered.exit == Exit::Success && answered.out.contains(text), "{line}: {}", answered.out);
         }
         assert!(!refused("help img").out.contains("--address"));
+    }
+
+    #[test]
+    fn some_commands_are_one_word() {
+        let typed = parse_text("completions bash").expect("completions").typed;
+        assert!(matches!(typed.command, Command::Completions(typed) if typed.shell == "bash"));
+        let typed = parse_text("man -T /tmp/pages").expect("man").typed;
+        assert!(typed.time && matches!(typed.command, Command::Man(typed) if typed.directory == "/tmp/pages"));
+        let answered = refused("man");
+        assert_eq!((answered.exit, answered.err.as_str()), (Exit::Usage, "dog man: <DIRECTORY> is missing\n"));
+        assert!(answered.out.contains("Usage: dog man"), "{}", answered.out);
+        assert!(refused("completions -h").out.contains("dog completions zsh"));
+        assert!(refused("help").out.contains("This tool itself:\n  completions  "));
     }
 
     #[test]

@@ -9,12 +9,14 @@
 mod args;
 mod cluster;
 mod command_line;
+mod completions;
 mod connect;
 mod exit;
 #[cfg(test)]
 mod fake_sheep;
 mod img;
 mod invocation_log;
+mod man;
 mod meaning;
 mod nbd_export;
 mod nbd_service;
@@ -76,14 +78,16 @@ fn main() -> ExitCode {
 fn run(typed: &Typed) -> Result<Report, Failure> {
     let asked =
         Asked { address: typed.address.as_deref(), port: typed.port.as_deref(), key_file: typed.key_file.as_deref() };
-    let target = meaning::target(asked, |name| std::env::var_os(name))?;
+    let target = || meaning::target(asked, |name| std::env::var_os(name));
     match &typed.command {
-        Command::Vdi(command) => vdi::run(command, target),
-        Command::Node(command) => node::run(command, target),
-        Command::Cluster(command) => cluster::run(command, target),
-        Command::Img(verbatim) => img::run(&verbatim.words, target),
-        Command::Io(verbatim) => Err(qemu::run(Tool::Io, &verbatim.words, target)),
-        Command::Nbd(verbatim) => Err(qemu::run(Tool::Nbd, &verbatim.words, target)),
+        Command::Vdi(command) => vdi::run(command, target()?),
+        Command::Node(command) => node::run(command, target()?),
+        Command::Cluster(command) => cluster::run(command, target()?),
+        Command::Img(verbatim) => img::run(&verbatim.words, target()?),
+        Command::Io(verbatim) => Err(qemu::run(Tool::Io, &verbatim.words, target()?)),
+        Command::Nbd(verbatim) => Err(qemu::run(Tool::Nbd, &verbatim.words, target()?)),
+        Command::Completions(typed) => completions::run(typed),
+        Command::Man(typed) => man::run(typed),
     }
 }
 
