@@ -164,6 +164,13 @@ pub enum Vdi {
         dog vdi object location -i 12 disk1\n\nDiffers from the old tool: the nodes are asked; \
         where objects should be is not computed here.")]
     Object(Object),
+    /// Show where an object of a VDI was in each epoch
+    #[command(after_help = "Examples:\n  dog vdi track disk1\n  dog vdi track -i 12 disk1\n  \
+        dog vdi track -o 7c2b250000000c --json\n\n\
+        Newest epoch first: the nodes that should have held the object then, the preferred one first.\n\
+        Without -i and -o it is the inode.\n\
+        Differs from the old tool: an epoch with fewer nodes than copies is not printed again for every older one.")]
+    Track(Track),
     /// Set or delete an attribute of a VDI
     #[command(
         after_help = "Examples:\n  dog vdi setattr disk1 owner alice\n  dog vdi setattr disk1 notes < notes.txt\n  \
@@ -375,6 +382,25 @@ pub struct Object {
     #[arg(value_name = "location|map")]
     pub nested: Option<String>,
     /// Name of the VDI
+    pub vdi: Option<OsString>,
+}
+
+#[derive(Debug, Args)]
+#[allow(missing_docs)]
+pub struct Track {
+    /// Index of a data object, decimal or 0x...
+    #[arg(short, long, value_name = "INDEX", allow_hyphen_values = true, conflicts_with = "oid")]
+    pub index: Option<String>,
+    #[command(flatten)]
+    pub snapshot: SnapshotWord,
+    /// Id of the object (hexadecimal), instead of the name of its VDI
+    #[arg(short, long, value_name = "OID")]
+    pub oid: Option<String>,
+    /// As JSON
+    #[arg(long)]
+    pub json: bool,
+    /// Name of the VDI
+    #[arg(required_unless_present = "oid")]
     pub vdi: Option<OsString>,
 }
 

@@ -17,7 +17,7 @@ use crate::exit::Exit;
 
 /// What the old tool had and this one has not (yet): command, subcommands.
 const NOT_AVAILABLE: &[(&str, &[&str])] = &[
-    ("vdi", &["track", "backup", "restore", "alter-copy", "lock"]),
+    ("vdi", &["backup", "restore", "alter-copy", "lock"]),
     ("node", &["md", "stat", "log", "vnodes", "format"]),
     ("cluster", &["reweight", "check", "snapshot", "alter-copy"]),
     ("upgrade", &[]),
@@ -384,7 +384,7 @@ mod tests {
 
     #[test]
     fn what_is_not_made_yet_says_so() {
-        for line in ["vdi track x", "upgrade inode-convert", "node md info"] {
+        for line in ["vdi backup x", "upgrade inode-convert", "node md info"] {
             let answered = refused(line);
             assert!(answered.err.contains("is not available in this version"), "{line}: {}", answered.err);
             assert_eq!(answered.exit, Exit::Failure, "{line}");

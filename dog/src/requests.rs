@@ -12,8 +12,10 @@ use qemu_proto::oid::{Oid, VdiId};
 use qemu_proto::opcode::Opcode;
 use qemu_proto::request::{Request, RequestBody, VdiRequest};
 use qemu_proto::response::{Response, ResponseBody};
+use qemu_proto::status::Status;
 use serde_json::Value;
 use sheep_core::copy_policy::CopyPolicy;
+use sheep_core::placement::HOLDERS_MAX;
 
 use crate::connect::{Sheep, Trouble};
 use crate::exit::Failure;
@@ -345,6 +347,23 @@ pub fn create_object(
     let mut request = object_request(Opcode::CreateAndWriteObj, oid, flags, source, offset);
     request.data_length = data.len() as u32;
     sheep.call(request, data).map(drop)
+}
+
+/// The nodes that should have held an object in an epoch, the preferred one first; `None` if nobody knows that epoch any more.
+pub fn locate(sheep: &mut Sheep, oid: Oid, epoch: u32) -> Result<Option<Vec<Node>>, Failure> {
+    let mut request = object_request(Opcode::LocateObject, oid, RequestFlags::NONE, None, 0);
+    if let RequestBody::Object(body) = &mut request.body {
+        body.tgt_epoch = epoch;
+    }
+    request.data_length = (HOLDERS_MAX * NODE_BYTES) as u32;
+    match sheep.call(request, &[]) {
+        Ok((_, answer)) => Ok(Some(NodeEntry::decode_all(&answer).map(Node::from).collect())),
+        Err(trouble) if trouble.is(Status::InvalidEpoch) => Ok(None),
+        Err(trouble) => {
+            let text = |reason| format!("{} does not tell where object {oid} was: {reason}", sheep.target());
+            Err(trouble.or(|reason| Failure::failed(text(reason))))
+        }
+    }
 }
 
 /// A request about one object.

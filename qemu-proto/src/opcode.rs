@@ -147,6 +147,8 @@ opcodes! {
     ClusterReport = 0xE1 "CLUSTER_REPORT",
     /// Ours: asks the cluster driver for something, as JSON text: admissions, keys.
     ClusterAdmin = 0xE2 "CLUSTER_ADMIN",
+    /// Ours: which nodes should hold an object in an epoch.
+    LocateObject = 0xE3 "LOCATE_OBJECT",
 }
 
 impl Opcode {

@@ -63,7 +63,7 @@ pub struct ObjectRequest {
     pub ec_index: u8,
     /// Padding.
     pub reserved: u8,
-    /// The ancestor's recovery only.
+    /// Of LOCATE_OBJECT, 0 for the current one; otherwise the ancestor's recovery only.
     pub tgt_epoch: u32,
     /// Bytes into the object.
     pub offset: u64,
@@ -232,7 +232,8 @@ impl RequestBody {
                 | O::ReadPeer
                 | O::GetHash
                 | O::Exist
-                | O::CheckObject,
+                | O::CheckObject
+                | O::LocateObject,
             ) => RequestBody::Object(ObjectRequest {
                 oid: Oid::from_raw(u64_at(bytes, 0)),
                 cow_oid: Oid::from_raw(u64_at(bytes, 8)),

@@ -129,8 +129,8 @@ pub fn run(typed: &args::Info, target: Target) -> Result<Report, Failure> {
     Ok(Report::new(Form::of(typed.shape.raw, typed.shape.json), state))
 }
 
-/// Asks for all epochs, with room for as many nodes as the largest had.
-fn epochs(sheep: &mut Sheep, epoch_count: usize, node_count: usize) -> Result<(u32, Vec<EpochEntry>), Failure> {
+/// Asks for all epochs, with room for as many nodes as the largest had; comes with the status of the cluster.
+pub fn epochs(sheep: &mut Sheep, epoch_count: usize, node_count: usize) -> Result<(u32, Vec<EpochEntry>), Failure> {
     let mut nodes_nr = node_count.clamp(16, NODES_MAX);
     loop {
         let body = ClusterRequest { nodes_nr: nodes_nr as u32, ..ClusterRequest::default() };

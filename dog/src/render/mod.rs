@@ -7,5 +7,6 @@ mod image;
 pub mod node;
 mod object;
 mod text;
+mod track;
 mod tree;
 mod vdi_list;

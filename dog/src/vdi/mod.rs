@@ -22,6 +22,7 @@ pub mod resize;
 pub mod rollback;
 mod setattr;
 pub mod snapshot;
+pub mod track;
 pub mod tree;
 pub mod volume;
 mod write;
@@ -39,6 +40,7 @@ pub fn run(command: &Vdi, target: Target) -> Result<Report, Failure> {
         Vdi::Tree => tree::run(target),
         Vdi::Graph => graph::run(target),
         Vdi::Object(typed) => object::run(typed, target),
+        Vdi::Track(typed) => track::run(typed, target),
         Vdi::Setattr(typed) => setattr::run(typed, target),
         Vdi::Getattr(typed) => getattr::run(typed, target),
         Vdi::Resize(typed) => resize::run(typed, target),

@@ -70,6 +70,12 @@ fn ring_of(record: &EpochRecord) -> Option<Ring> {
     Some(Ring::new(&record.ring_members(), record.reference_weight?))
 }
 
+/// Who held the objects of a key in an epoch, in order of preference. Builds that epoch's ring anew: for people's questions, not
+/// for the data path.
+pub fn holders_in(record: &EpochRecord, key: PlacementKey, copies: u8) -> Holders {
+    ring_of(record).map_or(Holders::EMPTY, |ring| holders(&ring, key, copies))
+}
+
 impl HistoricEpoch {
     fn holders(&self, key: PlacementKey, copies: u8) -> Holders {
         self.ring.as_ref().map_or(Holders::EMPTY, |ring| holders(ring, key, copies))

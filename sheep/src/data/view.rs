@@ -6,6 +6,7 @@ use qemu_proto::inode::QEMU_INODE_BYTES;
 use qemu_proto::oid::{ObjectKind, Oid, VdiId};
 use sheep_core::cluster_state::ClusterState;
 use sheep_core::history::History;
+use sheep_core::member::Member;
 use sheep_core::placement::{Holders, PlacementKey, placement_key};
 use sheep_core::stamp::Epoch;
 
@@ -59,6 +60,15 @@ impl View {
             ObjectKind::Attribute | ObjectKind::BtreeNode | ObjectKind::Ledger => return None,
         };
         Some(Location { key: placement_key(vdi.chain_root, oid), copies: vdi.copies, object_bytes })
+    }
+
+    /// Who should have held a located object in an epoch, in order of preference; `None` for an epoch that is not known (any
+    /// more). Takes as long as building a ring.
+    pub fn holders_in(&self, epoch: Epoch, location: &Location) -> Option<Vec<&Member>> {
+        let record = self.state.epoch_record(epoch)?;
+        let holders = sheep_core::history::holders_in(record, location.key, location.copies);
+        let member = |id| record.members.get(id).map(|member| &member.member);
+        Some(holders.iter().filter_map(member).collect())
     }
 
     /// The current holders of a located object.

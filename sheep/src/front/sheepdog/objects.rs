@@ -2,10 +2,13 @@
 
 use bytes::Bytes;
 use qemu_proto::flags::RequestFlags;
+use qemu_proto::node_entry::NodeEntry;
 use qemu_proto::oid::{ObjectKind, Oid};
 use qemu_proto::request::{ObjectRequest, Request};
 use qemu_proto::response::ResponseBody;
 use qemu_proto::status::Status;
+use sheep_core::member::Member;
+use sheep_core::stamp::Epoch;
 
 use super::Front;
 use super::reply::{Outcome, Reply};
@@ -135,6 +138,26 @@ pub fn exist(front: &Front, body: &ObjectRequest) -> Outcome {
 fn is_holder(data: &Data, oid: Oid) -> bool {
     let view = data.view();
     view.locate(oid).is_some_and(|location| view.holders(&location).contains(&data.node()))
+}
+
+/// LOCATE_OBJECT.
+pub fn locate(front: &Front, body: &ObjectRequest, request: &Request) -> Outcome {
+    let view = front.data.view();
+    let epoch = if body.tgt_epoch == 0 { view.epoch() } else { Epoch(body.tgt_epoch) };
+    let location = view.locate(body.oid).ok_or(Status::NoObj)?;
+    let holders = view.holders_in(epoch, &location).ok_or(Status::InvalidEpoch)?;
+    let entry = |member: &&Member| NodeEntry {
+        address: member.address,
+        port: member.port,
+        zone: member.zone,
+        space: member.weight,
+        ..NodeEntry::default()
+    };
+    let payload: Vec<u8> = holders.iter().map(entry).flat_map(|entry| entry.encode()).collect();
+    if payload.len() > request.data_length as usize {
+        return Err(Status::BufferSmall);
+    }
+    Ok(Reply::data(payload))
 }
 
 /// CHECK_OBJECT.

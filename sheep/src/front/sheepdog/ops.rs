@@ -135,6 +135,7 @@ async fn dispatch(front: &Front, opcode: Opcode, request: &Request, payload: Byt
         (O::FlushVdi, RequestBody::Object(_)) => objects::flush(front).await,
         (O::Exist, RequestBody::Object(body)) => objects::exist(front, body),
         (O::CheckObject, RequestBody::Object(body)) => objects::check(front, body).await,
+        (O::LocateObject, RequestBody::Object(body)) => objects::locate(front, body, request),
         (O::NewVdi, RequestBody::Vdi(body)) if writes(request) => vdis::new_vdi(front, body, &payload).await,
         (O::LockVdi | O::GetVdiInfo, RequestBody::Vdi(body)) if writes(request) => {
             vdis::lookup(front, body, &payload).await
