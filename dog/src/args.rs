@@ -570,6 +570,11 @@ pub enum Cluster {
         with the fingerprints by which they know each other from then on. Others ask to come in later.\n\
         Differs from the old tool: -f also skips the question about more copies than zones.")]
     Format(Format),
+    /// Compare all copies of all VDIs' objects and repair what differs
+    #[command(after_help = "Example:\n  dog cluster check\n\n\
+        An object that several VDIs share is looked at once.\n\
+        Differs from the old tool: exits 1 when something could not be repaired, or is lost.")]
+    Check,
     /// Stop all nodes
     #[command(after_help = "Example:\n  dog cluster shutdown")]
     Shutdown,

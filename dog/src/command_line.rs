@@ -19,7 +19,7 @@ use crate::exit::Exit;
 const NOT_AVAILABLE: &[(&str, &[&str])] = &[
     ("vdi", &["backup", "restore", "alter-copy", "lock"]),
     ("node", &["md", "stat", "log", "vnodes", "format"]),
-    ("cluster", &["reweight", "check", "snapshot", "alter-copy"]),
+    ("cluster", &["reweight", "snapshot", "alter-copy"]),
     ("upgrade", &[]),
     ("benchmark", &[]),
     ("trace", &[]),

@@ -126,6 +126,7 @@ fn vdi_commands() -> Result<()> {
     check(&cluster, "vdi_list_several_raw", &["vdi", "list", "-r"])?;
     check(&cluster, "vdi_list_unknown", &["vdi", "list", "nothing"])?;
     check(&cluster, "vdi_check", &["vdi", "check", "test"])?;
+    check(&cluster, "cluster_check", &["cluster", "check"])?;
     let numbers = cluster.dog(&["vdi", "snapshot", "-v", "-s", "snap2", "alpha"])?.ok()?;
     ensure!(numbers.out().starts_with("new VID of original VDI: "), "{numbers}");
     cluster.dog(&["vdi", "delete", "-s", "snap1", "test"])?.ok()?;

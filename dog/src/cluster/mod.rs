@@ -5,6 +5,7 @@ use crate::exit::Failure;
 use crate::meaning::Target;
 use crate::report::Report;
 
+mod check;
 mod format;
 pub mod info;
 mod key;
@@ -16,6 +17,7 @@ mod token;
 pub fn run(command: &Cluster, target: Target) -> Result<Report, Failure> {
     match command {
         Cluster::Info(typed) => info::run(typed, target),
+        Cluster::Check => check::run(target),
         Cluster::Format(typed) => format::run(typed, target),
         Cluster::Shutdown => shutdown::run(target),
         Cluster::Token => token::run(target),

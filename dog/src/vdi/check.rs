@@ -37,14 +37,26 @@ pub fn run(typed: &args::Check, target: Target) -> Result<Report, Failure> {
         return Err(Failure::not_available("Only reporting missing objects (-e)"));
     }
     let volume = Volume::open(&mut Sheep::connect(target)?, name, &selector)?;
+    let mut out = String::new();
+    let exit = check(target, &volume, |_| true, &mut out)?;
+    Ok(Report::text(out).exits(exit))
+}
+
+/// Checks the objects of a volume that are `wanted`, and adds what was found to `out`.
+pub fn check(
+    target: Target,
+    volume: &Volume,
+    wanted: impl Fn(Oid) -> bool + Clone + Send,
+    out: &mut String,
+) -> Result<Exit, Failure> {
     let header = &volume.header;
     let vmstate_count = u32::try_from(header.vm_state_bytes.div_ceil(1 << header.shift))
         .map_err(|_| Failure::failed(format!("The inode {} is damaged: its machine state has no end", header.vdi)))?;
     let oids = std::iter::once(Oid::inode(header.vdi))
         .chain(volume.objects().map(|(_, oid)| oid))
-        .chain((0..vmstate_count).map(|index| Oid::vmstate(header.vdi, index)));
-    let mut progress = Progress::new(volume.objects().count() as u64 + 1);
-    let mut out = String::new();
+        .chain((0..vmstate_count).map(|index| Oid::vmstate(header.vdi, index)))
+        .filter(move |oid| wanted(*oid));
+    let mut progress = Progress::new(oids.clone().count() as u64);
     let mut exit = Exit::Success;
     lanes::in_order(target, &oids, check_one, |(oid, finding)| {
         progress.advance(1);
@@ -60,8 +72,8 @@ pub fn run(typed: &args::Check, target: Target) -> Result<Report, Failure> {
         }
         Ok(())
     })?;
-    let _ = writeln!(out, "finish check&repair {}", shown(name));
-    Ok(Report::text(out).exits(exit))
+    let _ = writeln!(out, "finish check&repair {}", shown(&header.name));
+    Ok(exit)
 }
 
 fn check_one(sheep: &mut Sheep, oid: Oid) -> Result<(Oid, Finding), Failure> {

@@ -7,7 +7,7 @@ use crate::report::Report;
 
 pub mod attach;
 pub mod catalog;
-mod check;
+pub mod check;
 pub mod clone;
 pub mod create;
 pub mod delete;
