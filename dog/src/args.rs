@@ -489,6 +489,15 @@ pub enum Node {
         Two header lines and nothing else: no node is recovering."
     )]
     Recovery(Recovery),
+    /// Show what a node was asked by clients and by other nodes
+    #[command(
+        after_help = "Examples:\n  dog node stat\n  dog node stat -w\n  dog -a 10.0.0.2 --key key node stat --json\n\n\
+        Counts I/O since the sheep was started, NBD included. All WR and All RD are the bytes\n\
+        to be written and read; WRBW, RDBW and RPS are bytes and requests per second.\n\
+        With --json and -w, each line is one value.\n\n\
+        Differs from the old tool: Write and Read are not swapped without -w."
+    )]
+    Stat(Stat),
     /// Let a node in that asks
     #[command(after_help = "Examples:\n  dog node list\n  dog node admit 3f9c2a70b1d4e865\n  dog node admit 3f9c\n\n\
         Before you let it in, compare the fingerprint with the one that 'dog node list' shows on\n\
@@ -540,6 +549,16 @@ pub struct Ban {
     pub force: bool,
     /// Id of the node, or the beginning of it, in hexadecimal digits
     pub id: String,
+}
+
+#[derive(Debug, Args)]
+#[allow(missing_docs)]
+pub struct Stat {
+    #[command(flatten)]
+    pub shape: Shape,
+    /// Print again every second, with rates
+    #[arg(short, long)]
+    pub watch: bool,
 }
 
 #[derive(Debug, Args)]

@@ -15,6 +15,7 @@ use qemu_proto::oid::{ObjectKind, Oid, VdiId};
 use qemu_proto::opcode::Opcode;
 use qemu_proto::request::{HEADER_BYTES, ObjectRequest, Request, RequestBody};
 use qemu_proto::response::{Response, ResponseBody};
+use qemu_proto::stat::Counters;
 use qemu_proto::status::Status;
 use serde_json::Value;
 
@@ -40,6 +41,8 @@ pub struct Kept {
     pub granted: Value,
     /// Wishes so far.
     pub wishes: Vec<Value>,
+    /// What it says that it was asked.
+    pub counters: Counters,
     /// Flags of the formats so far.
     pub formats: Vec<u16>,
     /// How it answers a format.
@@ -151,6 +154,7 @@ impl Kept {
                 Ok((ResponseBody::NONE, Vec::new()))
             }
             (Some(Opcode::GetNodeList), _) => Ok((ResponseBody::node(0, 0, 0), Vec::new())),
+            (Some(Opcode::Stat), _) => Ok((ResponseBody::NONE, self.counters.encode().to_vec())),
             (Some(Opcode::ReadVdis | Opcode::ReadDelVdis), _) => {
                 Ok((ResponseBody::NONE, vec![0; request.data_length as usize]))
             }

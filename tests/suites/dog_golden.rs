@@ -9,6 +9,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 use tests::command::{self, Finished};
 use tests::golden;
+use tests::nbd_client::{NbdClient, Style};
 use tests::spawn::{Cluster, ClusterPlan, binary, free_port};
 
 const MIB: usize = 1 << 20;
@@ -96,6 +97,42 @@ fn node_list_info_and_recovery() -> Result<()> {
         // What is used and what is free are sampled one after the other.
         ensure!(number(1)?.abs_diff(number(2)? + number(3)?) < 1 << 30, "size is used and available: {raw}");
     }
+    cluster.finish()
+}
+
+#[test]
+fn what_a_node_was_asked() -> Result<()> {
+    let cluster = cluster_in_port_order(true)?;
+    let stat = |index: usize, side: &str, name: &str| -> Result<u64> {
+        let port = cluster.node(index).port.to_string();
+        let text = cluster.dog(&["node", "stat", "--json", "-p", &port])?.ok()?.out();
+        let value: serde_json::Value = serde_json::from_str(&text)?;
+        value[side][name].as_u64().with_context(|| text)
+    };
+    cluster.dog(&["vdi", "create", "test", "16M"])?.ok()?;
+    let size = 8 * MIB as u64;
+    let about_size = |from: u64, to: u64| (size..size + MIB as u64).contains(&(to - from));
+    let (written, read) = (stat(0, "client", "written_bytes")?, stat(0, "client", "read_bytes")?);
+    let (forwarded, writes) = (stat(1, "peer", "written_bytes")?, stat(1, "peer", "write")?);
+    cluster.dog_through(0, &["vdi", "write", "test", "0", &size.to_string()], &vec![7; 8 * MIB])?.ok()?;
+    ensure!(about_size(written, stat(0, "client", "written_bytes")?), "8 MiB were written");
+    ensure!(about_size(forwarded, stat(1, "peer", "written_bytes")?), "8 MiB went to the other nodes");
+    ensure!(stat(1, "peer", "write")? >= writes + 2, "two objects at least");
+    cluster.dog(&["vdi", "read", "test", "0", &size.to_string()])?.ok()?;
+    ensure!(about_size(read, stat(0, "client", "read_bytes")?), "8 MiB were read");
+    for (index, side) in [(0, "client"), (0, "peer"), (1, "client"), (1, "peer")] {
+        ensure!(stat(index, side, "active")? == 0, "nothing is under way at node {index} for {side}");
+    }
+    let read = stat(2, "client", "read_bytes")?;
+    let mut nbd = NbdClient::open(&cluster.node(2).store.join("nbd.sock"), "test", Style::Structured, &[])?;
+    ensure!(nbd.read(0, size)? == vec![7; 8 * MIB], "as it was written");
+    ensure!(about_size(read, stat(2, "client", "read_bytes")?), "clients of NBD are clients");
+    let table = cluster.dog(&["node", "stat"])?.ok()?.out();
+    let lines: Vec<&str> = table.lines().collect();
+    ensure!(lines[0] == "Request\tActive\tTotal\tWrite\tRead\tRemove\tFlush\tAll WR\tAll RD", "{table}");
+    ensure!(lines.len() == 3 && lines[1].starts_with("Client\t0\t") && lines[2].starts_with("Peer\t0\t"), "{table}");
+    let raw = cluster.dog(&["node", "stat", "-r"])?.ok()?.out();
+    ensure!(raw.lines().count() == 2 && raw.lines().all(|line| line.split('\t').count() == 8), "{raw}");
     cluster.finish()
 }
 
@@ -304,8 +341,12 @@ fn the_command_line_itself() -> Result<()> {
         &["node", "list"],
         &["node", "info"],
         &["node", "recovery"],
+        &["node", "stat"],
         &["node", "kill", "0"],
+        &["cluster", "check"],
         &["vdi", "list"],
+        &["vdi", "graph"],
+        &["vdi", "track", "disk"],
         &["vdi", "create", "disk", "1G"],
         &["vdi", "check", "disk"],
         &["vdi", "read", "disk"],
@@ -360,7 +401,9 @@ fn json_for_programs() -> Result<()> {
         &["node", "list", "--json"],
         &["node", "info", "--json"],
         &["node", "recovery", "--json"],
+        &["node", "stat", "--json"],
         &["vdi", "list", "--json"],
+        &["vdi", "track", "--json", "test"],
     ] {
         let ended = cluster.dog(arguments)?.ok()?;
         let value: serde_json::Value = serde_json::from_str(&ended.out()).with_context(|| ended.to_string())?;

@@ -11,6 +11,7 @@ pub mod info;
 mod kill;
 pub mod list;
 pub mod recovery;
+pub mod stat;
 
 /// Runs a subcommand.
 pub fn run(command: &Node, target: Target) -> Result<Report, Failure> {
@@ -19,6 +20,7 @@ pub fn run(command: &Node, target: Target) -> Result<Report, Failure> {
         Node::List(typed) => list::run(typed, target),
         Node::Info(typed) => info::run(typed, target),
         Node::Recovery(typed) => recovery::run(typed, target),
+        Node::Stat(typed) => stat::run(typed, target),
         Node::Admit(typed) => admit::run(typed, target),
         Node::Ban(typed) => ban::run(typed, target),
     }

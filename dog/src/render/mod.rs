@@ -6,6 +6,7 @@ mod graph;
 mod image;
 pub mod node;
 mod object;
+mod stat;
 mod text;
 mod track;
 mod tree;

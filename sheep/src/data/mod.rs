@@ -15,6 +15,7 @@ pub mod peer;
 pub mod reclaim;
 pub mod recovery;
 pub mod report;
+pub mod traffic;
 pub mod view;
 pub mod view_change;
 pub mod virtual_disk;
@@ -38,6 +39,7 @@ use gateway::lease_table::LeaseTable;
 use holder::{Holder, Wanted};
 use links::Links;
 use recovery::{Progress, Turns};
+use traffic::Traffic;
 use view::View;
 
 /// The data path of one node. Cloning it is cheap.
@@ -55,6 +57,7 @@ struct Inner {
     links: Links,
     leases: LeaseTable,
     progress: Progress,
+    traffic: Arc<Traffic>,
     turns: Turns,
     inode_turns: Turns,
     /// Number of the view whose state the store keeps.
@@ -76,6 +79,7 @@ impl Data {
             holder,
             leases: LeaseTable::default(),
             progress: Progress::default(),
+            traffic: Arc::default(),
             turns: Turns::default(),
             inode_turns: Turns::default(),
             saved: tokio::sync::Mutex::new(0),
@@ -124,6 +128,11 @@ impl Data {
     /// Figures of recovery on this node.
     pub fn progress(&self) -> &Progress {
         &self.inner.progress
+    }
+
+    /// What this node was asked.
+    pub fn traffic(&self) -> &Arc<Traffic> {
+        &self.inner.traffic
     }
 
     pub(crate) fn turns(&self) -> &Turns {

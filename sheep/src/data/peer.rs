@@ -17,6 +17,7 @@ use super::gateway::lease_table;
 use super::holder::{Damaged, Holder};
 use super::links::{PEER_PROTOCOL, parse_hello};
 use super::recovery::{LIST_BATCH, ensure_current};
+use super::traffic::{Counted, Side, Work};
 use crate::world::frames::{FrameReader, FrameSender};
 use crate::world::net::{Connection, Listener};
 
@@ -54,10 +55,13 @@ async fn serve(data: Data, connection: Connection) -> std::io::Result<()> {
         while sender.queued_bytes() > ANSWER_BYTES_MAX {
             data.world().clock.sleep(std::time::Duration::from_millis(1)).await;
         }
+        let counted = data.traffic().begin(Side::Peers, work_of(request.kind), payload.len());
         // Behind in epochs: what follows on this connection can only be newer still.
         data.await_epoch(request.epoch).await;
         match (request.kind, data.holder()) {
-            (PeerKind::Write | PeerKind::Remove, Some(holder)) => write(&data, holder, request, payload, &sender).await,
+            (PeerKind::Write | PeerKind::Remove, Some(holder)) => {
+                write(&data, holder, request, payload, &sender, counted).await;
+            }
             (PeerKind::Settled, Some(holder)) => {
                 holder.settle(request.oid.vid(), request.stamp.generation, request.settled);
                 answer_from(holder, &sender, PeerAnswer::new(request.id, Verdict::Ok, holder.epoch()), Bytes::new());
@@ -65,15 +69,28 @@ async fn serve(data: Data, connection: Connection) -> std::io::Result<()> {
             (PeerKind::Read, Some(holder)) if request.length as usize <= PAYLOAD_BYTES_MAX => {
                 match holder.read_now(&request) {
                     Some(Ok(bytes)) => {
+                        counted.answered(bytes.len());
+                        drop(counted);
                         answer_from(holder, &sender, PeerAnswer::new(request.id, Verdict::Ok, request.epoch), bytes);
                     }
-                    _ => later(&data, request, &sender),
+                    _ => later(&data, request, &sender, counted),
                 }
             }
-            _ => later(&data, request, &sender),
+            _ => later(&data, request, &sender, counted),
         }
     }
     Ok(())
+}
+
+/// What a request counts as.
+fn work_of(kind: PeerKind) -> Work {
+    match kind {
+        PeerKind::Write => Work::Write,
+        PeerKind::Read | PeerKind::Fetch => Work::Read,
+        PeerKind::Remove => Work::Remove,
+        PeerKind::Flush => Work::Flush,
+        _ => Work::Other,
+    }
 }
 
 async fn next(reader: &mut FrameReader) -> std::io::Result<Option<(PeerRequest, Bytes)>> {
@@ -115,22 +132,32 @@ fn answer(sender: &FrameSender, header: PeerAnswer, payload: Bytes) {
     let _ = sender.send(Bytes::copy_from_slice(&header.encode(payload.len())), payload);
 }
 
-async fn write(data: &Data, holder: &Arc<Holder>, request: PeerRequest, payload: Bytes, sender: &FrameSender) {
+async fn write(
+    data: &Data,
+    holder: &Arc<Holder>,
+    request: PeerRequest,
+    payload: Bytes,
+    sender: &FrameSender,
+    counted: Counted,
+) {
     let permit = holder.store().admit(payload.len() as u64).await;
     let (pending, wanted) = holder.write(&request, payload, permit);
     data.bring_up_to_date(wanted, request.epoch);
     let (sender, holder) = (sender.clone(), holder.clone());
     tokio::spawn(async move {
         let verdict = pending.finish().await;
+        drop(counted);
         answer_from(&holder, &sender, PeerAnswer::new(request.id, verdict, holder.epoch()), Bytes::new());
     });
 }
 
 /// Whatever may wait runs as a task of its own.
-fn later(data: &Data, request: PeerRequest, sender: &FrameSender) {
+fn later(data: &Data, request: PeerRequest, sender: &FrameSender, counted: Counted) {
     let (data, sender) = (data.clone(), sender.clone());
     tokio::spawn(async move {
         let (header, payload) = handle(&data, &request).await;
+        counted.answered(payload.len());
+        drop(counted);
         match data.holder() {
             Some(holder) => answer_from(holder, &sender, header, payload),
             None => answer(&sender, header, payload),

@@ -9,7 +9,7 @@
 //! 3. An object is made, and named in the map, under one lease generation, in which the map was read before. What is
 //!    remembered of the map is remembered with the lease.
 
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use bytes::{Bytes, BytesMut};
 use qemu_proto::inode::{MAP_ENTRY_BYTES, map_offset};
@@ -21,6 +21,7 @@ use super::Data;
 use super::gateway::write::{Base, ObjectWrite, write, write_under};
 use super::gateway::{ReadFailure, WriteError, lease_table, read};
 use super::inode::{self, InodeError};
+use super::traffic::Traffic;
 use super::volumes::{self, Creation, VolumeError};
 
 /// Zeros are written in pieces of this size where they cannot be a hole.
@@ -186,6 +187,11 @@ impl VirtualDisk {
             object_bytes: vdi.object_bytes(),
             head: Mutex::new(vdi.id),
         })
+    }
+
+    /// Where requests for it are counted.
+    pub fn traffic(&self) -> &Arc<Traffic> {
+        self.data.traffic()
     }
 
     /// Bytes, as of the opening.

@@ -15,6 +15,7 @@ use super::wire::{
     ChunkKind, Command, CommandKind, EXTENDED_REQUEST_BYTES, Errno, REQUEST_BYTES, ReplyStyle, chunk, command_flag,
     done_reply, error_reply, simple_reply,
 };
+use crate::data::traffic::{Side, Work};
 use crate::data::virtual_disk::{DiskError, Part, joined};
 use crate::world::frames::{FrameReader, FrameSender};
 
@@ -77,16 +78,37 @@ pub async fn serve(session: Session, mut reader: FrameReader, sender: FrameSende
             && command.length <= u64::from(PAYLOAD_BYTES_MAX)
             && let Some(bytes) = session.export.disk.read_now(command.offset, command.length as usize)
         {
+            session.export.disk.traffic().answered_at_once(Side::Clients, bytes.len());
             send_data(&session, &sender, &command, command.offset, bytes, true);
             continue;
         }
+        let traffic = session.export.disk.traffic();
+        let counted = work_of(&command).map(|work| traffic.begin(Side::Clients, work, payload.len()));
         let (session, sender) = (session.clone(), sender.clone());
         tokio::spawn(async move {
-            if let Err(Failure(errno, text)) = run(&session, &sender, &command, payload).await {
-                sender.send(error_reply(session.style, &command, errno, &text), Bytes::new());
+            match run(&session, &sender, &command, payload).await {
+                Ok(()) => {
+                    if let Some(counted) = counted {
+                        counted.answered(command.length as usize);
+                    }
+                }
+                Err(Failure(errno, text)) => {
+                    sender.send(error_reply(session.style, &command, errno, &text), Bytes::new());
+                }
             }
             drop(permit);
         });
+    }
+}
+
+/// What a request counts as; only I/O does. Zeroes are a write without bytes.
+fn work_of(command: &Command) -> Option<Work> {
+    match command.kind? {
+        CommandKind::Read => Some(Work::Read),
+        CommandKind::Write | CommandKind::WriteZeroes => Some(Work::Write),
+        CommandKind::Trim => Some(Work::Remove),
+        CommandKind::Flush => Some(Work::Flush),
+        CommandKind::BlockStatus | CommandKind::Cache | CommandKind::Disconnect => None,
     }
 }
 

@@ -17,6 +17,7 @@ use super::Front;
 use super::reply::{Outcome, Reply};
 use super::wire_status::of_refusal;
 use crate::data::Administration;
+use crate::data::traffic::Side;
 
 /// Virtual nodes shown for a member of mean capacity, as the ancestor had them: our ring has more points, in the same
 /// proportion.
@@ -41,7 +42,7 @@ pub async fn run(front: &Front, opcode: Opcode, request: &Request, payload: &[u8
         Opcode::GetStoreList => Ok(Reply::data(front.store_name.to_string() + " ")),
         Opcode::StatSheep => Ok(stat_sheep(front)),
         Opcode::StatRecovery => Ok(stat_recovery(front, request)),
-        Opcode::Stat => Ok(Reply::data(Counters::default().encode().to_vec())),
+        Opcode::Stat => Ok(stat(front)),
         Opcode::MdInfo => md_info(front, request),
         Opcode::GetRecovery => Ok(Reply::data(Throttle::default().encode().to_vec())),
         Opcode::ClusterReport => report(front, request),
@@ -239,6 +240,30 @@ fn stat_sheep(front: &Front) -> Reply {
     // As the ancestor counted: what objects take plus what is free.
     let size = space.used_bytes + space.free_bytes;
     Reply::body(ResponseBody::node(0, size, space.free_bytes))
+}
+
+fn stat(front: &Front) -> Reply {
+    let traffic = front.data.traffic();
+    let (clients, peers) = (traffic.figures(Side::Clients), traffic.figures(Side::Peers));
+    // The order of the wire, which has no flushes of nodes.
+    let counters = Counters([
+        clients.active,
+        peers.active,
+        clients.total,
+        peers.total,
+        clients.written_bytes,
+        clients.read_bytes,
+        peers.written_bytes,
+        peers.read_bytes,
+        clients.removes,
+        clients.reads,
+        clients.writes,
+        clients.flushes,
+        peers.removes,
+        peers.reads,
+        peers.writes,
+    ]);
+    Reply::data(counters.encode().to_vec())
 }
 
 fn stat_recovery(front: &Front, request: &Request) -> Reply {

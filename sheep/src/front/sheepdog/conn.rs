@@ -7,11 +7,13 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 use qemu_proto::frame::payload_bytes;
+use qemu_proto::opcode::Opcode;
 use qemu_proto::request::{HEADER_BYTES, Request};
 use tokio::sync::Semaphore;
 
 use super::reply::Answer;
 use super::{Front, ops};
+use crate::data::traffic::{Side, Work};
 use crate::world::frames::{FrameReader, FrameSender};
 use crate::world::net::Connection;
 
@@ -57,15 +59,31 @@ pub async fn serve(front: Front, connection: Connection) {
             }
         };
         if let Some(answer) = ops::answer_now(&front, &request) {
+            front.data.traffic().answered_at_once(Side::Clients, answer.payload.len());
             send(&sender, answer);
             continue;
         }
+        let counted = work_of(&request).map(|work| front.data.traffic().begin(Side::Clients, work, length));
         let (front, sender) = (front.clone(), sender.clone());
         tokio::spawn(async move {
             let answer = ops::run(&front, &request, payload).await;
+            if let Some(counted) = counted {
+                counted.answered(answer.payload.len());
+            }
             send(&sender, answer);
             drop(permit);
         });
+    }
+}
+
+/// What a request counts as; only I/O does.
+fn work_of(request: &Request) -> Option<Work> {
+    match request.op()? {
+        Opcode::ReadObj => Some(Work::Read),
+        Opcode::WriteObj | Opcode::CreateAndWriteObj => Some(Work::Write),
+        Opcode::DiscardObj => Some(Work::Remove),
+        Opcode::FlushVdi => Some(Work::Flush),
+        _ => None,
     }
 }
 
