@@ -498,6 +498,15 @@ pub enum Node {
         Differs from the old tool: Write and Read are not swapped without -w."
     )]
     Stat(Stat),
+    /// Show or change how much a node logs
+    #[command(
+        after_help = "Examples:\n  dog node log level get\n  dog node log level set debug\n  dog node log level list\n\n\
+        Until the sheep is started again; 'sheep -l level=' sets the level it begins with.\n\
+        The log has errors (err and below), warnings (warning), what people should know (notice, info), and\n\
+        everything (debug).\n\n\
+        Differs from the old tool: prints on standard output; an unknown level exits 64."
+    )]
+    Log(Log),
     /// Let a node in that asks
     #[command(after_help = "Examples:\n  dog node list\n  dog node admit 3f9c2a70b1d4e865\n  dog node admit 3f9c\n\n\
         Before you let it in, compare the fingerprint with the one that 'dog node list' shows on\n\
@@ -559,6 +568,23 @@ pub struct Stat {
     /// Print again every second, with rates
     #[arg(short, long)]
     pub watch: bool,
+}
+
+#[derive(Debug, Args)]
+#[allow(missing_docs)]
+pub struct Log {
+    /// As JSON
+    #[arg(long)]
+    pub json: bool,
+    /// level
+    #[arg(value_name = "level")]
+    pub nested: Option<String>,
+    /// get: show it; set: change it; list: show which there are
+    #[arg(value_name = "get|set|list")]
+    pub what: Option<String>,
+    /// One of emerg, alert, crit, err, warning, notice, info, debug
+    #[arg(value_name = "LEVEL")]
+    pub level: Option<String>,
 }
 
 #[derive(Debug, Args)]

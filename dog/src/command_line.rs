@@ -18,7 +18,7 @@ use crate::exit::Exit;
 /// What the old tool had and this one has not (yet): command, subcommands.
 const NOT_AVAILABLE: &[(&str, &[&str])] = &[
     ("vdi", &["backup", "restore", "alter-copy", "lock"]),
-    ("node", &["md", "log", "vnodes", "format"]),
+    ("node", &["md", "vnodes", "format"]),
     ("cluster", &["reweight", "snapshot", "alter-copy"]),
     ("upgrade", &[]),
     ("benchmark", &[]),
@@ -298,7 +298,7 @@ mod tests {
         assert_eq!(
             answered.err,
             "Invalid command 'node frobnicate'\nAvailable node commands:\n  node kill\n  node list\n  node info\n  \
-             node recovery\n  node stat\n  node admit\n  node ban\n"
+             node recovery\n  node stat\n  node log\n  node admit\n  node ban\n"
         );
         assert_eq!(answered.exit, Exit::Usage);
         for line in ["vdi", "vdi help", "vdi --help"] {

@@ -43,6 +43,8 @@ pub struct Kept {
     pub wishes: Vec<Value>,
     /// What it says that it was asked.
     pub counters: Counters,
+    /// How much it logs.
+    pub log_level: u32,
     /// Flags of the formats so far.
     pub formats: Vec<u16>,
     /// How it answers a format.
@@ -154,6 +156,11 @@ impl Kept {
                 Ok((ResponseBody::NONE, Vec::new()))
             }
             (Some(Opcode::GetNodeList), _) => Ok((ResponseBody::node(0, 0, 0), Vec::new())),
+            (Some(Opcode::GetLoglevel), _) => Ok((ResponseBody::NONE, self.log_level.to_le_bytes().to_vec())),
+            (Some(Opcode::SetLoglevel), _) => {
+                self.log_level = u32::from_le_bytes(*payload.first_chunk().expect("four bytes"));
+                Ok((ResponseBody::NONE, Vec::new()))
+            }
             (Some(Opcode::Stat), _) => Ok((ResponseBody::NONE, self.counters.encode().to_vec())),
             (Some(Opcode::ReadVdis | Opcode::ReadDelVdis), _) => {
                 Ok((ResponseBody::NONE, vec![0; request.data_length as usize]))

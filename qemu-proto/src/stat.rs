@@ -10,6 +10,8 @@ pub const STAT_BYTES: usize = 120;
 pub const THROTTLE_BYTES: usize = 24;
 /// Disks in the answer to MD_INFO.
 pub const DISKS_MAX: usize = 64;
+/// Names of the log levels, by their number in GET_LOGLEVEL and SET_LOGLEVEL.
+pub const LOG_LEVELS: [&str; 8] = ["emerg", "alert", "crit", "err", "warning", "notice", "info", "debug"];
 const DISK_BYTES: usize = 4120;
 /// Bytes of the answer to MD_INFO.
 pub const MD_INFO_BYTES: usize = DISKS_MAX * DISK_BYTES + 8;

@@ -7,11 +7,13 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, ToSocketAddrs};
 use std::path::PathBuf;
 
 use clap::{Arg, ArgAction, Command};
+use qemu_proto::stat::LOG_LEVELS;
 use sheep_core::units::parse_size;
 
 use crate::cluster::quorum::token::Token;
 use crate::front::allowed::Allowed;
 use crate::front::nbd::tls::TlsFiles;
+use crate::logging::LogLevel;
 use crate::store::JOURNAL_BYTES_DEFAULT;
 
 /// The smallest journal that may be asked for: the ancestor's. Much less would be full before a flush is over.
@@ -102,7 +104,7 @@ pub struct Config {
     /// Directory of `sheep.log` if not META.
     pub log_dir: Option<PathBuf>,
     /// The least important messages that are logged.
-    pub log_level: tracing::Level,
+    pub log_level: LogLevel,
 }
 
 /// What the command line leads to.
@@ -459,11 +461,11 @@ fn parse_journal(text: Option<&str>) -> Result<Journal, Usage> {
 struct Log {
     destination: LogDestination,
     dir: Option<PathBuf>,
-    level: tracing::Level,
+    level: LogLevel,
 }
 
 fn parse_log(text: Option<&str>) -> Result<Log, Usage> {
-    let mut log = Log { destination: LogDestination::File, dir: None, level: tracing::Level::INFO };
+    let mut log = Log { destination: LogDestination::File, dir: None, level: LogLevel::INFO };
     for part in text.into_iter().flat_map(|text| text.split(',')) {
         match part.split_once('=') {
             Some(("dir", dir)) => {
@@ -483,16 +485,9 @@ fn parse_log(text: Option<&str>) -> Result<Log, Usage> {
     Ok(log)
 }
 
-fn parse_level(text: &str) -> Result<tracing::Level, Usage> {
-    match text {
-        "emerg" | "alert" | "crit" | "err" => Ok(tracing::Level::ERROR),
-        "warning" => Ok(tracing::Level::WARN),
-        "notice" | "info" => Ok(tracing::Level::INFO),
-        "debug" => Ok(tracing::Level::DEBUG),
-        _ => Err(Usage(format!(
-            "Invalid log level '{text}'\nAvailable log levels: emerg alert crit err warning notice info debug"
-        ))),
-    }
+fn parse_level(text: &str) -> Result<LogLevel, Usage> {
+    LogLevel::of_name(text)
+        .ok_or_else(|| Usage(format!("Invalid log level '{text}'\nAvailable log levels: {}", LOG_LEVELS.join(" "))))
 }
 
 /// The addresses to listen on.

@@ -1,17 +1,20 @@
-//! The log: one line per message, in the form that people grep (cli.md section 1.6).
+//! The log: one line per message, in the form that people grep (cli.md section 1.6). How much of it can be changed while it runs.
 
 use std::fmt;
 use std::io;
 use std::path::Path;
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicU8, Ordering};
 
+use qemu_proto::stat::LOG_LEVELS;
 use tracing::{Event, Level, Subscriber};
-use tracing_subscriber::Layer;
 use tracing_subscriber::filter::{LevelFilter, Targets};
 use tracing_subscriber::fmt::format::Writer;
 use tracing_subscriber::fmt::{FmtContext, FormatEvent, FormatFields};
 use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::registry::LookupSpan;
 use tracing_subscriber::util::SubscriberInitExt;
+use tracing_subscriber::{Layer, Registry, reload};
 
 struct Line;
 
@@ -35,23 +38,118 @@ where
     }
 }
 
+/// How much is logged, as syslog and the ancestor number it.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct LogLevel(u8);
+
+impl LogLevel {
+    /// What is logged unless told otherwise.
+    pub const INFO: LogLevel = LogLevel(6);
+
+    /// The level of a name.
+    pub fn of_name(name: &str) -> Option<LogLevel> {
+        LOG_LEVELS.iter().position(|known| *known == name).map(|number| LogLevel(number as u8))
+    }
+
+    /// The level of a number.
+    pub fn of_number(number: u32) -> Option<LogLevel> {
+        ((number as usize) < LOG_LEVELS.len()).then_some(LogLevel(number as u8))
+    }
+
+    /// 0 to 7, more is more.
+    pub fn number(self) -> u8 {
+        self.0
+    }
+
+    /// Its name.
+    pub fn name(self) -> &'static str {
+        LOG_LEVELS[usize::from(self.0)]
+    }
+
+    /// What it lets through: messages here have four levels.
+    fn filter(self) -> Targets {
+        let level = match self.0 {
+            0..=3 => Level::ERROR,
+            4 => Level::WARN,
+            5 | 6 => Level::INFO,
+            _ => Level::DEBUG,
+        };
+        // The Raft library tells its every step below this level, and every message that did not arrive at it.
+        Targets::new()
+            .with_default(level)
+            .with_target("openraft", Level::ERROR)
+            .with_target("openraft::replication", LevelFilter::OFF)
+    }
+}
+
+/// The level of this process's log, once it is started.
+struct Current {
+    number: AtomicU8,
+    filter: reload::Handle<Targets, Registry>,
+}
+
+static CURRENT: OnceLock<Current> = OnceLock::new();
+
+/// The level of the log.
+pub fn level() -> LogLevel {
+    CURRENT.get().map_or(LogLevel::INFO, |current| LogLevel(current.number.load(Ordering::Relaxed)))
+}
+
+/// Logs more or less from now on; nothing happens before [`start`].
+pub fn set_level(level: LogLevel) {
+    let Some(current) = CURRENT.get() else { return };
+    // It fails only when the log itself is gone.
+    if current.filter.reload(level.filter()).is_ok() {
+        let before = LogLevel(current.number.swap(level.number(), Ordering::Relaxed));
+        tracing::info!("the log level is {} from now on; it was {}", level.name(), before.name());
+    }
+}
+
 /// Logs to a file that is appended to, or to standard error.
-pub fn start(file: Option<&Path>, level: Level) -> io::Result<()> {
-    // The Raft library tells its every step below this level, and every message that did not arrive at it.
-    let levels = Targets::new()
-        .with_default(level)
-        .with_target("openraft", Level::ERROR)
-        .with_target("openraft::replication", LevelFilter::OFF);
+pub fn start(file: Option<&Path>, level: LogLevel) -> io::Result<()> {
+    let (filter, handle) = reload::Layer::new(level.filter());
     match file {
         Some(path) => {
             let file = std::fs::OpenOptions::new().create(true).append(true).open(path)?;
             let layer = tracing_subscriber::fmt::layer().event_format(Line).with_writer(std::sync::Mutex::new(file));
-            tracing_subscriber::registry().with(layer.with_filter(levels)).init();
+            tracing_subscriber::registry().with(layer.with_filter(filter)).init();
         }
         None => {
             let layer = tracing_subscriber::fmt::layer().event_format(Line).with_writer(io::stderr);
-            tracing_subscriber::registry().with(layer.with_filter(levels)).init();
+            tracing_subscriber::registry().with(layer.with_filter(filter)).init();
         }
     }
+    // A second start would have failed above.
+    let _ = CURRENT.set(Current { number: AtomicU8::new(level.number()), filter: handle });
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_and_numbers_are_those_of_syslog() {
+        for (name, number) in [("emerg", 0), ("err", 3), ("warning", 4), ("info", 6), ("debug", 7)] {
+            let level = LogLevel::of_name(name).expect(name);
+            assert_eq!((level.number(), LogLevel::of_number(number.into())), (number, Some(level)));
+            assert_eq!(level.name(), name);
+        }
+        assert_eq!(
+            (LogLevel::of_name("loud"), LogLevel::of_number(8), LogLevel::of_number(u32::MAX)),
+            (None, None, None)
+        );
+        assert_eq!(LogLevel::INFO.name(), "info");
+    }
+
+    #[test]
+    fn the_library_below_stays_quiet_at_every_level() {
+        for number in 0..8 {
+            let filter = LogLevel::of_number(number).expect("a level").filter();
+            assert!(!filter.would_enable("openraft::core", &Level::WARN), "{number}");
+            assert_eq!(filter.would_enable("sheep::data", &Level::DEBUG), number == 7);
+            assert_eq!(filter.would_enable("sheep::data", &Level::WARN), number >= 4);
+            assert!(filter.would_enable("sheep::data", &Level::ERROR), "{number}");
+        }
+    }
 }

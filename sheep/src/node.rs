@@ -17,7 +17,8 @@ use crate::config::{ClusterDriver, Config, NbdListen, default_zone, listen_addre
 use crate::data::{Data, flush, gateway::lease_table, view_change};
 use crate::front::nbd::tls::Tls;
 use crate::front::nbd::{self, TlsPolicy};
-use crate::front::sheepdog::{self, Front, NbdPlaces};
+use crate::front::sheepdog::{self, Front, LogControl, NbdPlaces};
+use crate::logging::{self, LogLevel};
 use crate::store::{Store, StoreConfig};
 use crate::world::World;
 use crate::world::net::{Connection, Endpoint, Listener, NetFuture};
@@ -85,6 +86,10 @@ impl Node {
             stop: stop.clone(),
             store_name: STORE_NAME,
             nbd: nbd_places(&nbd_listeners),
+            log: LogControl {
+                level: || logging::level().number(),
+                set_level: |number| LogLevel::of_number(number).map(logging::set_level).is_some(),
+            },
             trusted: true,
         };
         for listener in clients {

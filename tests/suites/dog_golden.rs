@@ -136,6 +136,29 @@ fn what_a_node_was_asked() -> Result<()> {
     cluster.finish()
 }
 
+#[test]
+fn how_much_a_node_logs() -> Result<()> {
+    // Before there is a cluster too: that is when people look into logs.
+    let cluster = ClusterPlan::new(1).start()?;
+    let get = || -> Result<String> { Ok(cluster.dog(&["node", "log", "level", "get"])?.ok()?.out()) };
+    let debug_lines = || cluster.node(0).log().lines().filter(|line| line.contains(" DEBUG [")).count();
+    ensure!(get()? == "info (6)\n" && debug_lines() == 0, "as sheep begins: {}", get()?);
+    let silent = cluster.dog(&["node", "log", "level", "set", "debug"])?.ok()?;
+    ensure!(silent.out().is_empty() && silent.err().is_empty(), "{silent}");
+    ensure!(get()? == "debug (7)\n", "{}", get()?);
+    ensure!(cluster.node(0).log().contains("the log level is debug from now on; it was info"), "it is in the log");
+    // A connection that ends in the middle of a request is worth a line at this level.
+    let mut stream = std::net::TcpStream::connect(("127.0.0.1", cluster.node(0).port))?;
+    std::io::Write::write_all(&mut stream, &[0; 10])?;
+    drop(stream);
+    cluster.wait_until("a line of level debug", Duration::from_secs(20), |_| Ok(debug_lines() > 0))?;
+    let unknown = cluster.dog(&["node", "log", "level", "set", "loud"])?.exits(64)?.refused()?;
+    ensure!(unknown.err().starts_with("invalid loglevel: loud\navailable loglevels: emerg "), "{unknown}");
+    let list = cluster.dog(&["node", "log", "level", "list"])?.ok()?.out();
+    ensure!(list.lines().count() == 8 && list.ends_with("info\t(6)\ndebug\t(7)\n"), "{list}");
+    cluster.finish()
+}
+
 /// Whether a text is a size as `dog` prints them: `12 MB`, `0.0 MB`, `1.5 TB`.
 fn is_size(text: &str) -> bool {
     text.split_once(' ')
@@ -342,6 +365,7 @@ fn the_command_line_itself() -> Result<()> {
         &["node", "info"],
         &["node", "recovery"],
         &["node", "stat"],
+        &["node", "log", "level", "get"],
         &["node", "kill", "0"],
         &["cluster", "check"],
         &["vdi", "list"],
@@ -402,6 +426,7 @@ fn json_for_programs() -> Result<()> {
         &["node", "info", "--json"],
         &["node", "recovery", "--json"],
         &["node", "stat", "--json"],
+        &["node", "log", "level", "get", "--json"],
         &["vdi", "list", "--json"],
         &["vdi", "track", "--json", "test"],
     ] {

@@ -10,6 +10,7 @@ mod ban;
 pub mod info;
 mod kill;
 pub mod list;
+pub mod log;
 pub mod recovery;
 pub mod stat;
 
@@ -21,6 +22,7 @@ pub fn run(command: &Node, target: Target) -> Result<Report, Failure> {
         Node::Info(typed) => info::run(typed, target),
         Node::Recovery(typed) => recovery::run(typed, target),
         Node::Stat(typed) => stat::run(typed, target),
+        Node::Log(typed) => log::run(typed, target),
         Node::Admit(typed) => admit::run(typed, target),
         Node::Ban(typed) => ban::run(typed, target),
     }

@@ -43,6 +43,8 @@ pub async fn run(front: &Front, opcode: Opcode, request: &Request, payload: &[u8
         Opcode::StatSheep => Ok(stat_sheep(front)),
         Opcode::StatRecovery => Ok(stat_recovery(front, request)),
         Opcode::Stat => Ok(stat(front)),
+        Opcode::GetLoglevel => Ok(Reply::data(u32::from((front.log.level)()).to_le_bytes().to_vec())),
+        Opcode::SetLoglevel => set_log_level(front, payload),
         Opcode::MdInfo => md_info(front, request),
         Opcode::GetRecovery => Ok(Reply::data(Throttle::default().encode().to_vec())),
         Opcode::ClusterReport => report(front, request),
@@ -264,6 +266,14 @@ fn stat(front: &Front) -> Reply {
         peers.writes,
     ]);
     Reply::data(counters.encode().to_vec())
+}
+
+fn set_log_level(front: &Front, payload: &[u8]) -> Outcome {
+    let level = payload.first_chunk().map(|bytes| u32::from_le_bytes(*bytes));
+    match level {
+        Some(level) if (front.log.set_level)(level) => Ok(Reply::done()),
+        _ => Err(Status::InvalidParms),
+    }
 }
 
 fn stat_recovery(front: &Front, request: &Request) -> Reply {

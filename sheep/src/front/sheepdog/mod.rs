@@ -32,9 +32,20 @@ pub struct Front {
     pub store_name: &'static str,
     /// Where the same volumes are served by NBD.
     pub nbd: NbdPlaces,
+    /// The log of this process.
+    pub log: LogControl,
     /// Whether the client is on this machine or proved the cluster key: only such a one may ask for secrets or decide who comes
     /// in.
     pub trusted: bool,
+}
+
+/// What clients may do with the log, which this floor does not know.
+#[derive(Clone, Copy)]
+pub struct LogControl {
+    /// Its level, as syslog numbers it.
+    pub level: fn() -> u8,
+    /// Changes it; false if there is no such level.
+    pub set_level: fn(u32) -> bool,
 }
 
 /// Where a node serves NBD, for clients that ask.
