@@ -161,8 +161,8 @@ pub enum Vdi {
     Graph,
     /// Show where the objects of a VDI are, or which it has
     #[command(after_help = "Examples:\n  dog vdi object map disk1\n  dog vdi object location disk1\n  \
-        dog vdi object location -i 12 disk1\n\nDiffers from the old tool: the nodes are asked; \
-        where objects should be is not computed here.")]
+        dog vdi object location -i 12 disk1\n\nEach node is asked what it has; where the object should be comes last, \
+        the preferred node first.")]
     Object(Object),
     /// Show where an object of a VDI was in each epoch
     #[command(after_help = "Examples:\n  dog vdi track disk1\n  dog vdi track -i 12 disk1\n  \

@@ -349,6 +349,9 @@ pub fn create_object(
     sheep.call(request, data).map(drop)
 }
 
+/// Stands for the present epoch in [`locate`].
+pub const CURRENT_EPOCH: u32 = 0;
+
 /// The nodes that should have held an object in an epoch, the preferred one first; `None` if nobody knows that epoch any more.
 pub fn locate(sheep: &mut Sheep, oid: Oid, epoch: u32) -> Result<Option<Vec<Node>>, Failure> {
     let mut request = object_request(Opcode::LocateObject, oid, RequestFlags::NONE, None, 0);

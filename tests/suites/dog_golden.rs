@@ -210,6 +210,7 @@ fn where_an_object_was() -> Result<()> {
     let should = json["epochs"][0]["nodes"][0].as_str().context("a node")?;
     let location = cluster.dog(&["vdi", "object", "location", "-i", "0", "single"])?.ok()?.out();
     ensure!(location.contains(&format!("{should} has the object")), "{json}\n{location}");
+    ensure!(location.ends_with(&format!("the object should be located at: {should}\n")), "{json}\n{location}");
     cluster.kill(2)?;
     cluster.wait_members(2)?;
     let text = normal(&cluster, &cluster.dog(&["vdi", "track", "-i", "0", "test"])?.ok()?.out());

@@ -21,6 +21,11 @@ impl Show for Location {
             let verb = if *has { "has" } else { "doesn't have" };
             put(out, format_args!("{node} {verb} the object\n"));
         }
+        put(out, format_args!("\nAccording to sheepdog algorithm, the object should be located at:"));
+        for node in &self.holders {
+            put(out, format_args!(" {node}"));
+        }
+        out.push(b'\n');
     }
 }
 
@@ -52,11 +57,13 @@ mod tests {
         let vdi = VdiId::from_low_bits(0x7c_2b25);
         let node = |port| Node { address: [0; 16], port, ip: Ipv4Addr::LOCALHOST.into(), vnodes: 1, zone: 1 };
         let nodes = vec![(node(7800), true), (node(7801), false)];
-        let mut location = Location { vdi, oid: Oid::inode(vdi), data: None, node_count: 2, nodes };
+        let holders = vec![node(7801), node(7800)];
+        let mut location = Location { vdi, oid: Oid::inode(vdi), data: None, node_count: 2, nodes, holders };
         assert_eq!(
             shown(&location),
             "Looking for the inode object 0x7c2b25 with 2 nodes\n\n127.0.0.1:7800 has the object\n\
-             127.0.0.1:7801 doesn't have the object\n"
+             127.0.0.1:7801 doesn't have the object\n\n\
+             According to sheepdog algorithm, the object should be located at: 127.0.0.1:7801 127.0.0.1:7800\n"
         );
         location.oid = Oid::data(vdi, 3);
         location.data = Some((3, "2".to_owned()));

@@ -12,7 +12,7 @@ use crate::exit::{Exit, Failure};
 use crate::meaning::{self, Selector, Target};
 use crate::reach::Reach;
 use crate::report::{Form, Report};
-use crate::requests::{self, Node};
+use crate::requests::{self, CURRENT_EPOCH, Node};
 
 /// Which nodes have an object.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -27,6 +27,8 @@ pub struct Location {
     pub node_count: usize,
     /// The nodes that answered, and whether they have it.
     pub nodes: Vec<(Node, bool)>,
+    /// The nodes that should have it, the preferred one first.
+    pub holders: Vec<Node>,
 }
 
 /// Who owns each object of a volume.
@@ -76,7 +78,8 @@ fn locate(target: Target, name: &[u8], selector: &Selector, index: Option<u32>) 
         }
     };
     let mut exit = Exit::Success;
-    let mut location = Location { vdi, oid, data, node_count: nodes.len(), nodes: Vec::new() };
+    let holders = requests::locate(&mut sheep, oid, CURRENT_EPOCH)?.unwrap_or_default();
+    let mut location = Location { vdi, oid, data, node_count: nodes.len(), nodes: Vec::new(), holders };
     for node in nodes {
         match has_object(node, reach.target(&node), oid) {
             Ok(has) => location.nodes.push((node, has)),
