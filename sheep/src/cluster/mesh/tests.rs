@@ -114,7 +114,11 @@ mod on_loopback {
         }
 
         async fn start_at(id: u64, rules: Rules, identity: Identity, listen: SocketAddr) -> Node {
-            let mut config = MeshConfig::new(NodeId(id), id * 100, vec![listen], vec!["0.0.0.0:0".parse().unwrap()]);
+            Node::start_process(id, id * 100, rules, identity, listen).await
+        }
+
+        async fn start_process(id: u64, boot: u64, rules: Rules, identity: Identity, listen: SocketAddr) -> Node {
+            let mut config = MeshConfig::new(NodeId(id), boot, vec![listen], vec!["0.0.0.0:0".parse().unwrap()]);
             config.timing.handshake = Duration::from_millis(500);
             config.timing.ping = Duration::from_millis(50);
             config.timing.silence = Duration::from_millis(500);
@@ -266,8 +270,13 @@ mod on_loopback {
         b.set(|rules| rules.pins.extend([(NodeId(1), Fingerprint([3; 32]))]));
         refused(&mut a, &mut b, Rejection::Replaced).await;
         b.set(|rules| rules.pins.clear());
-        let (mut c, mut d) = (Node::start(3, Rules::default()).await, Node::start(3, Rules::default()).await);
+        let mut c = Node::start(3, Rules::default()).await;
+        let (copy, anywhere) = (Identity::generate().unwrap(), "127.0.0.1:0".parse().unwrap());
+        let mut d = Node::start_process(3, 301, Rules::default(), copy, anywhere).await;
         refused(&mut c, &mut d, Rejection::SameNode).await;
+        // Its own address is no copy: only the side that dialed hears of it.
+        assert!(matches!(c.mesh.contact(c.address).await, Err(ContactError::Rejected(Rejection::SameNode))));
+        assert_eq!(c.rejected().await, Rejection::SameNode);
         // the dialer judges as well
         a.set(|rules| rules.key = Some(key(1, 8)));
         a.set(|rules| rules.banned.extend([b.identity.fingerprint()]));
