@@ -149,6 +149,8 @@ opcodes! {
     ClusterAdmin = 0xE2 "CLUSTER_ADMIN",
     /// Ours: which nodes should hold an object in an epoch.
     LocateObject = 0xE3 "LOCATE_OBJECT",
+    /// Ours: makes a further snapshot of a volume out of an older one, beside the working VDI.
+    RestoreVdi = 0xE4 "RESTORE_VDI",
 }
 
 impl Opcode {

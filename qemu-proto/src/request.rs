@@ -84,12 +84,22 @@ pub struct VdiRequest {
     pub store_policy: u8,
     /// log2 of the object size; 0 for the default.
     pub block_size_shift: u8,
-    /// A snapshot's number; for NEW_VDI, whether to make a snapshot.
+    /// A snapshot's number; for NEW_VDI, whether to make a snapshot; for RESTORE_VDI, one of [`restore`].
     pub snapid: u32,
     /// 0 normal lock, 1 shared lock.
     pub lock_type: u32,
     /// Padding.
     pub reserved: u64,
+}
+
+/// What RESTORE_VDI is to do.
+pub mod restore {
+    /// Begin: `base_vdi_id` is the snapshot to start from; the answer names the VDI to write into.
+    pub const BEGIN: u32 = 0;
+    /// The VDI `base_vdi_id`, which was begun, becomes the newest snapshot.
+    pub const FINISH: u32 = 1;
+    /// The VDI `base_vdi_id`, which was begun, goes away.
+    pub const GIVE_UP: u32 = 2;
 }
 
 /// Body of cluster operations.
@@ -244,19 +254,19 @@ impl RequestBody {
                 tgt_epoch: u32_at(bytes, 20),
                 offset: u64_at(bytes, 24),
             }),
-            Some(O::NewVdi | O::LockVdi | O::ReleaseVdi | O::GetVdiInfo | O::DelVdi | O::GetVdiAttr) => {
-                RequestBody::Vdi(VdiRequest {
-                    vdi_size: u64_at(bytes, 0),
-                    base_vdi_id: u32_at(bytes, 8),
-                    copies: bytes[12],
-                    copy_policy: bytes[13],
-                    store_policy: bytes[14],
-                    block_size_shift: bytes[15],
-                    snapid: u32_at(bytes, 16),
-                    lock_type: u32_at(bytes, 20),
-                    reserved: u64_at(bytes, 24),
-                })
-            }
+            Some(
+                O::NewVdi | O::LockVdi | O::ReleaseVdi | O::GetVdiInfo | O::DelVdi | O::GetVdiAttr | O::RestoreVdi,
+            ) => RequestBody::Vdi(VdiRequest {
+                vdi_size: u64_at(bytes, 0),
+                base_vdi_id: u32_at(bytes, 8),
+                copies: bytes[12],
+                copy_policy: bytes[13],
+                store_policy: bytes[14],
+                block_size_shift: bytes[15],
+                snapid: u32_at(bytes, 16),
+                lock_type: u32_at(bytes, 20),
+                reserved: u64_at(bytes, 24),
+            }),
             Some(O::MakeFs | O::StatCluster | O::AlterClusterCopy) => RequestBody::Cluster(ClusterRequest {
                 oid: u64_at(bytes, 0),
                 ctime: u64_at(bytes, 8),

@@ -131,16 +131,16 @@ impl ResponseBody {
                     rest: array(bytes, 12),
                 }
             }
-            Some(O::NewVdi | O::LockVdi | O::ReleaseVdi | O::GetVdiInfo | O::DelVdi | O::GetVdiAttr) => {
-                ResponseBody::Vdi {
-                    reserved: u32_at(bytes, 0),
-                    vdi_id: u32_at(bytes, 4),
-                    attr_id: u32_at(bytes, 8),
-                    copies: bytes[12],
-                    block_size_shift: bytes[13],
-                    rest: array(bytes, 14),
-                }
-            }
+            Some(
+                O::NewVdi | O::LockVdi | O::ReleaseVdi | O::GetVdiInfo | O::DelVdi | O::GetVdiAttr | O::RestoreVdi,
+            ) => ResponseBody::Vdi {
+                reserved: u32_at(bytes, 0),
+                vdi_id: u32_at(bytes, 4),
+                attr_id: u32_at(bytes, 8),
+                copies: bytes[12],
+                block_size_shift: bytes[13],
+                rest: array(bytes, 14),
+            },
             Some(O::GetClusterDefault) => ResponseBody::ClusterDefault {
                 nr_copies: bytes[0],
                 copy_policy: bytes[1],

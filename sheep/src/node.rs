@@ -91,6 +91,7 @@ impl Node {
                 set_level: |number| LogLevel::of_number(number).map(logging::set_level).is_some(),
             },
             trusted: true,
+            restores: Arc::default(),
         };
         for listener in clients {
             tokio::spawn(sheepdog::listen(front.clone(), listener, config.allowed.clone()));

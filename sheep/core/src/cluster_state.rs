@@ -9,7 +9,8 @@
 //!    when an operator goes on without the majority.
 //! 3. `epochs` names every epoch from `clean` to the present one; each epoch since may have taken writes.
 //! 4. A VDI's lease generation only goes up; at most one node holds it.
-//! 5. A name has at most one VDI that is neither deleted nor a snapshot.
+//! 5. A name has at most one VDI that is neither deleted nor a snapshot nor being restored, and at most one that is being
+//!    restored.
 
 use alloc::collections::{BTreeMap, BTreeSet};
 use alloc::sync::Arc;
@@ -243,6 +244,11 @@ impl ClusterState {
             Command::Restart => self.restart(),
             Command::StopWaiting { time } => self.stop_waiting(*time),
             Command::HandOverLease { vdi, node, generation, to } => self.hand_over_lease(*vdi, *node, *generation, *to),
+            Command::BeginRestore(request) => self.begin_restore(request).map_or_else(Outcome::Refused, Outcome::Vdi),
+            Command::FinishRestore { vdi, node, generation, time } => {
+                self.finish_restore(*vdi, (*node, *generation), *time).map_or_else(Outcome::Refused, Outcome::Vdi)
+            }
+            Command::GiveUpRestore { vdi } => self.give_up_restore(*vdi).map_or_else(Outcome::Refused, Outcome::Vdi),
         };
         self.check();
         outcome
@@ -293,7 +299,7 @@ impl ClusterState {
         let run = Run::of(name, |id| self.vdis.contains_key(&id.get()));
         run.filter_map(move |id| self.vdis.get(&id.get())).map(|vdi| Candidate {
             vid: vdi.id,
-            name: if vdi.deleted { &[] } else { &vdi.name },
+            name: if vdi.deleted || vdi.is_being_restored() { &[] } else { &vdi.name },
             tag: &vdi.tag,
             snapid: vdi.snapshot_id,
             is_snapshot: vdi.is_snapshot(),
@@ -712,6 +718,11 @@ impl ClusterState {
     fn delete_vdi(&mut self, name: &[u8], target: Target<'_>) -> Result<VdiId, Refusal> {
         self.require_running()?;
         let id = self.lookup(name, target)?;
+        self.remove_vdi(id);
+        Ok(id)
+    }
+
+    fn remove_vdi(&mut self, id: VdiId) {
         if let Some(vdi) = self.vdis.get_mut(&id.get()) {
             Arc::make_mut(vdi).deleted = true;
         }
@@ -720,6 +731,48 @@ impl ClusterState {
             lease.holder = None;
         }
         self.to_reclaim.insert(id.get());
+    }
+
+    fn begin_restore(&mut self, request: &NewVdi) -> Result<VdiId, Refusal> {
+        self.require_running()?;
+        vdi_name::check_name(&request.name).map_err(|_| Refusal::InvalidParameters)?;
+        let base = request.base.and_then(|id| self.live_vdi(id).cloned()).ok_or(Refusal::NoBaseVdi)?;
+        if base.name != request.name || !base.is_snapshot() || request.size_bytes < base.size_bytes {
+            return Err(Refusal::InvalidParameters);
+        }
+        let new = Vdi { snapshot_id: 0, ..self.describe_new(request, Some(&base))? };
+        // Whoever began it went away, or is to: there would be no telling which of two is the one meant.
+        let run = Run::of(&request.name, |id| self.vdis.contains_key(&id.get()));
+        let left: Vec<VdiId> = run
+            .filter(|id| self.live_vdi(*id).is_some_and(|vdi| vdi.is_being_restored() && vdi.name == request.name))
+            .collect();
+        for id in left {
+            self.remove_vdi(id);
+        }
+        let id = new.id;
+        self.vdis.insert(id.get(), Arc::new(new));
+        Ok(id)
+    }
+
+    fn finish_restore(&mut self, id: VdiId, drained: (NodeId, u32), time: u64) -> Result<VdiId, Refusal> {
+        self.require_running()?;
+        let vdi = self.live_vdi(id).filter(|vdi| vdi.is_being_restored()).cloned().ok_or(Refusal::NoVdi)?;
+        self.require_drained(id, Some(drained))?;
+        let snapshot_id =
+            vdi_name::next_snapid(&vdi.name, self.candidates(&vdi.name)).ok_or(Refusal::VdiIdsExhausted)?;
+        if let Some(entry) = self.vdis.get_mut(&id.get()) {
+            Arc::make_mut(entry).snapshot_id = snapshot_id;
+        }
+        self.freeze(id, time);
+        Ok(id)
+    }
+
+    fn give_up_restore(&mut self, id: VdiId) -> Result<VdiId, Refusal> {
+        self.require_running()?;
+        if self.live_vdi(id).is_none_or(|vdi| !vdi.is_being_restored()) {
+            return Err(Refusal::NoVdi);
+        }
+        self.remove_vdi(id);
         Ok(id)
     }
 

@@ -80,6 +80,22 @@ pub enum Command {
         generation: u32,
         to: NodeId,
     },
+    /// A VDI that will be a snapshot of its name, beginning as a copy of the base, a snapshot of the same name. Until it is
+    /// finished no name finds it. One that was begun before and never finished is given up.
+    BeginRestore(NewVdi),
+    /// The VDI that was begun becomes the newest snapshot; `generation` proves that its writes have been drained.
+    FinishRestore {
+        #[serde(with = "ids::vdi_id")]
+        vdi: VdiId,
+        node: NodeId,
+        generation: u32,
+        time: u64,
+    },
+    /// The VDI that was begun is deleted.
+    GiveUpRestore {
+        #[serde(with = "ids::vdi_id")]
+        vdi: VdiId,
+    },
 }
 
 /// The request behind `NEW_VDI` (protocol.md sections 6.4, 6.5, 6.12, 6.14).

@@ -6,6 +6,7 @@
 //! 2. `snapshot_time` is set once and never cleared: a snapshot stays one.
 //! 3. `chain_root` is the id at which the chain of snapshots of one name began; a clone begins a chain of its own.
 //!    Objects are placed by it, so every generation of a block has the same holders.
+//! 4. A VDI that is being restored is neither working VDI nor snapshot: it has no number yet, and no name finds it.
 
 use alloc::vec::Vec;
 use qemu_proto::oid::VdiId;
@@ -23,7 +24,7 @@ pub struct Vdi {
     pub name: Vec<u8>,
     /// The snapshot's tag; may be empty.
     pub tag: Vec<u8>,
-    /// 1, 2, 3... within the name; the working VDI has the highest.
+    /// 1, 2, 3... within the name, in the order in which they became findable; 0 while it is being restored.
     pub snapshot_id: u32,
     /// What it was snapshotted or cloned from.
     #[serde(with = "ids::vdi_id_option")]
@@ -53,6 +54,11 @@ impl Vdi {
     /// Whether its data can no longer change.
     pub fn is_snapshot(&self) -> bool {
         self.snapshot_time != 0
+    }
+
+    /// Whether its data is still being put together; then it becomes a snapshot at once, or never.
+    pub fn is_being_restored(&self) -> bool {
+        self.snapshot_id == 0
     }
 
     /// Bytes of one of its objects.

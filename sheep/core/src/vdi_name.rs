@@ -8,7 +8,8 @@
 //! 1. The ids ever used for one name lie in one unbroken run of ids in use that begins at the hash of the name (ids wrap
 //!    from 0xFFFFFF to 1). Other names' ids may lie between. Ids stay in use after deletion, so the run never breaks.
 //! 2. A deleted VDI has an empty name, and no name that is looked up is empty; so a deleted VDI is never found.
-//! 3. A lookup goes from the highest id of the run to the lowest, so the newest decides.
+//! 3. A lookup goes from the highest id of the run to the lowest, so of several snapshots the newest decides. The working
+//!    VDI is the only one of its name that is no snapshot; a restored snapshot may be newer.
 
 use core::error::Error;
 use core::fmt;
@@ -179,11 +180,9 @@ pub fn lookup<'a>(
 ) -> Result<VdiId, LookupError> {
     let mut named = candidates.filter(|candidate| !name.is_empty() && candidate.name == name);
     match target {
-        Target::Current => match named.next() {
-            Some(newest) if !newest.is_snapshot => Ok(newest.vid),
-            // The newest being a snapshot, its working VDI was deleted.
-            Some(_) | None => Err(LookupError::NoVdi),
-        },
+        Target::Current => {
+            named.find(|candidate| !candidate.is_snapshot).map(|working| working.vid).ok_or(LookupError::NoVdi)
+        }
         Target::Snapshot { tag, snapid } => {
             let mut not_found = LookupError::NoVdi;
             for candidate in named {
@@ -329,6 +328,17 @@ mod tests {
         assert_eq!(table.create("test"), (0x7c_2b27, 2), "numbering goes on after the newest snapshot");
         table.delete(0x7c_2b25);
         assert_eq!(table.find("test", "one", 0), Err(LookupError::NoTag));
+    }
+
+    #[test]
+    fn a_snapshot_may_be_newer_than_the_working_vdi() {
+        let mut table = Table::default();
+        let (working, _) = table.create("test");
+        let restored = Vdi { name: b"test".to_vec(), tag: Vec::new(), snapid: 2, is_snapshot: true };
+        table.0.insert(working + 1, restored);
+        assert_eq!(table.find("test", "", 0), Ok(working));
+        assert_eq!(table.find("test", "", 2), Ok(working + 1));
+        assert_eq!(table.snapshot("test", "one"), (working + 2, 3));
     }
 
     #[test]

@@ -6,6 +6,7 @@ use sheep_core::cluster_state::{ClusterState, Phase};
 use sheep_core::command::{Command, NewVdi, Outcome, Refusal, VdiEdit};
 use sheep_core::member::{Member, NodeId};
 use sheep_core::stamp::Epoch;
+use sheep_core::vdi::Vdi;
 use sheep_core::vdi_name::Target;
 
 fn member(node: u64, zone: u32) -> Member {
@@ -144,6 +145,59 @@ fn revert_deletes_the_working_vdi_and_branches_from_the_snapshot() {
     assert_eq!((next.parent, next.chain_root), (Some(old), old));
     assert!(state.to_reclaim.contains(&current.get()));
     assert!(state.vdis.contains_key(&current.get()), "a deleted VDI keeps its place in the run of ids");
+}
+
+fn begin_restore(name: &str, base: VdiId) -> Command {
+    let Command::NewVdi(request) = new_vdi(name, Some(base), false, None) else { unreachable!() };
+    Command::BeginRestore(request)
+}
+
+#[test]
+fn a_restored_snapshot_comes_at_once_and_leaves_the_working_vdi_alone() {
+    let mut state = formatted(3);
+    vdi_of(&state.apply(&new_vdi("vm", None, false, None)));
+    let (base, working) = snapshot(&mut state, "vm");
+    let before = state.vdis[&working.get()].clone();
+    let unfinished = vdi_of(&state.apply(&begin_restore("vm", base)));
+    let vdi = state.vdis[&unfinished.get()].clone();
+    assert_eq!((vdi.parent, vdi.chain_root, vdi.is_snapshot()), (Some(base), base, false));
+    for snapid in 0..4 {
+        let found = state.lookup(b"vm", Target::new(b"", snapid));
+        assert_ne!(found, Ok(unfinished), "what is not finished is not found");
+    }
+    let Outcome::Lease(generation) = state.apply(&Command::AcquireLease { vdi: unfinished, node: NodeId(2) }) else {
+        panic!("the lease is free")
+    };
+    let finish =
+        |node, generation| Command::FinishRestore { vdi: unfinished, node: NodeId(node), generation, time: 9 << 32 };
+    assert_eq!(state.apply(&finish(1, generation)), Outcome::Refused(Refusal::LeaseLost));
+    assert_eq!(state.apply(&finish(2, generation)), Outcome::Vdi(unfinished));
+    assert_eq!(state.lookup(b"vm", Target::new(b"", 3)), Ok(unfinished));
+    assert_eq!(state.lookup(b"vm", Target::Current), Ok(working));
+    assert_eq!(state.vdis[&working.get()], before);
+    assert_eq!(state.apply(&finish(2, generation)), Outcome::Refused(Refusal::NoVdi), "it is finished");
+    let give_up = Command::GiveUpRestore { vdi: unfinished };
+    assert_eq!(state.apply(&give_up), Outcome::Refused(Refusal::NoVdi), "it is a snapshot like any other");
+    let (old, next) = snapshot(&mut state, "vm");
+    assert_eq!((old, state.vdis[&next.get()].snapshot_id), (working, 4));
+}
+
+#[test]
+fn a_restore_that_is_not_finished_leaves_nothing() {
+    let mut state = formatted(3);
+    vdi_of(&state.apply(&new_vdi("vm", None, false, None)));
+    let (base, working) = snapshot(&mut state, "vm");
+    assert_eq!(state.apply(&begin_restore("vm", working)), Outcome::Refused(Refusal::InvalidParameters));
+    assert_eq!(state.apply(&begin_restore("other", base)), Outcome::Refused(Refusal::InvalidParameters));
+    let first = vdi_of(&state.apply(&begin_restore("vm", base)));
+    assert_eq!(state.apply(&new_vdi("copy", Some(first), false, None)), Outcome::Refused(Refusal::InvalidParameters));
+    let second = vdi_of(&state.apply(&begin_restore("vm", base)));
+    assert!(state.vdis[&first.get()].deleted && state.to_reclaim.contains(&first.get()), "the later one counts");
+    assert_eq!(state.apply(&Command::GiveUpRestore { vdi: second }), Outcome::Vdi(second));
+    assert!(state.vdis[&second.get()].deleted && state.to_reclaim.contains(&second.get()));
+    assert_eq!(state.apply(&Command::GiveUpRestore { vdi: working }), Outcome::Refused(Refusal::NoVdi));
+    assert_eq!(state.lookup(b"vm", Target::Current), Ok(working));
+    assert_eq!(state.lookup(b"vm", Target::new(b"", 1)), Ok(base));
 }
 
 #[test]
@@ -294,6 +348,14 @@ fn any_command() -> impl Strategy<Value = Command> {
             snapshot_id
         }),
         (vdi.clone(), node.clone()).prop_map(|(vdi, node)| Command::AcquireLease { vdi, node }),
+        (prop::sample::select(vec!["a", "col34469"]), vdi.clone()).prop_map(|(name, base)| begin_restore(name, base)),
+        (vdi.clone(), node.clone(), 1_u32..4).prop_map(|(vdi, node, generation)| Command::FinishRestore {
+            vdi,
+            node,
+            generation,
+            time: 4
+        }),
+        vdi.clone().prop_map(|vdi| Command::GiveUpRestore { vdi }),
         (vdi, node, 1_u32..4).prop_map(|(vdi, node, generation)| Command::ReleaseLease { vdi, node, generation }),
         Just(Command::ForceRecover { time: 3 }),
     ]
@@ -326,7 +388,11 @@ proptest! {
             }
             for vdi in state.vdis.values().filter(|vdi| !vdi.deleted && !vdi.is_snapshot()) {
                 let same = state.vdis.values().filter(|other| other.name == vdi.name && !other.deleted);
-                prop_assert_eq!(same.filter(|other| !other.is_snapshot()).count(), 1, "one working VDI per name");
+                let alike = |other: &&_| {
+                    let other: &std::sync::Arc<Vdi> = other;
+                    !other.is_snapshot() && other.is_being_restored() == vdi.is_being_restored()
+                };
+                prop_assert_eq!(same.filter(alike).count(), 1, "one working VDI per name, and one that is being restored");
             }
         }
         prop_assert_eq!(&state, &other);

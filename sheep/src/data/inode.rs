@@ -68,7 +68,8 @@ pub fn header_of(vdi: &Vdi) -> InodeHeader {
         parent_vdi_id: vdi.parent.map_or(0, VdiId::get),
         ..InodeHeader::default()
     };
-    if !vdi.deleted {
+    // By its name a client would take it for one that exists.
+    if !vdi.deleted && !vdi.is_being_restored() {
         header.set_name(&vdi.name);
     }
     header.set_tag(&vdi.tag);

@@ -97,6 +97,31 @@ pub async fn delete_vdi(data: &Data, name: &[u8], tag: &[u8], snapshot_id: u32) 
     propose(data, Command::DeleteVdi { name: name.to_vec(), tag: tag.to_vec(), snapshot_id }).await
 }
 
+/// Makes a VDI that no name finds, a copy of `request.base`: what is written into it becomes a snapshot at once, with
+/// [`finish_restore`], or goes away.
+pub async fn begin_restore(data: &Data, request: NewVdi) -> Result<Found, VolumeError> {
+    let id = propose(data, Command::BeginRestore(request)).await?;
+    describe(&data.cluster().state(), id)
+}
+
+/// Makes what was begun the newest snapshot of its name.
+pub async fn finish_restore(data: &Data, vdi: VdiId, time: u64) -> Result<Found, VolumeError> {
+    if data.view().state.live_vdi(vdi).is_none_or(|vdi| !vdi.is_being_restored()) {
+        return Err(VolumeError::Refused(Refusal::NoVdi));
+    }
+    let node = data.node();
+    let id = lease_table::with_writes_stopped(data, vdi, async |generation| {
+        propose(data, Command::FinishRestore { vdi, node, generation, time }).await
+    })
+    .await??;
+    describe(&data.cluster().state(), id)
+}
+
+/// Deletes what was begun; its space comes back in the background.
+pub async fn give_up_restore(data: &Data, vdi: VdiId) -> Result<VdiId, VolumeError> {
+    propose(data, Command::GiveUpRestore { vdi }).await
+}
+
 /// A client's creation of an object with some bytes in it.
 #[derive(Clone, Debug)]
 pub struct Creation {

@@ -110,7 +110,7 @@ pub async fn open(data: &Data, name: &[u8]) -> Result<Arc<Export>, VolumeError> 
 
 /// Names of all exports but the overlays.
 pub fn list(state: &ClusterState) -> Vec<Vec<u8>> {
-    let shown = |vdi: &&Arc<Vdi>| !vdi.deleted && !vdi.name.starts_with(b".overlay-");
+    let shown = |vdi: &&Arc<Vdi>| !vdi.deleted && !vdi.is_being_restored() && !vdi.name.starts_with(b".overlay-");
     state.vdis.values().filter(shown).map(|vdi| name_of(vdi)).collect()
 }
 

@@ -12,7 +12,7 @@ use qemu_proto::request::{HEADER_BYTES, Request};
 use tokio::sync::Semaphore;
 
 use super::reply::Answer;
-use super::{Front, ops};
+use super::{Front, ops, restores};
 use crate::data::traffic::{Side, Work};
 use crate::world::frames::{FrameReader, FrameSender};
 use crate::world::net::Connection;
@@ -26,6 +26,12 @@ const OBJECT_BYTES_MAX: usize = 64 << 20;
 
 /// Serves a connection to its end.
 pub async fn serve(front: Front, connection: Connection) {
+    let front = Front { restores: Arc::default(), ..front };
+    serve_requests(&front, connection).await;
+    restores::give_up(&front).await;
+}
+
+async fn serve_requests(front: &Front, connection: Connection) {
     let peer = connection.peer;
     let mut reader = FrameReader::new(connection.reader);
     let sender = FrameSender::start(connection.writer);
@@ -58,7 +64,7 @@ pub async fn serve(front: Front, connection: Connection) {
                 return;
             }
         };
-        if let Some(answer) = ops::answer_now(&front, &request) {
+        if let Some(answer) = ops::answer_now(front, &request) {
             front.data.traffic().answered_at_once(Side::Clients, answer.payload.len());
             send(&sender, answer);
             continue;

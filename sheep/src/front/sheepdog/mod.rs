@@ -1,13 +1,14 @@
 //! Sheepdog's client protocol: listening sockets and connections.
 //!
-//! `conn` reads requests and answers them in the order of completion; `ops` is the table of operations, `reply` what they give; `objects`, `vdis`
-//! and `admin` carry them out; `wire_status` turns errors into result codes.
+//! `conn` reads requests and answers them in the order of completion; `ops` is the table of operations, `reply` what they give; `objects`, `vdis`,
+//! `restores` and `admin` carry them out; `wire_status` turns errors into result codes.
 
 pub mod admin;
 pub mod conn;
 pub mod objects;
 pub mod ops;
 pub mod reply;
+pub mod restores;
 pub mod vdis;
 pub mod wire_status;
 
@@ -17,6 +18,7 @@ use std::sync::Arc;
 
 use tokio::sync::Notify;
 
+use self::restores::Restores;
 use super::allowed::Allowed;
 use crate::data::Data;
 use crate::world::net::Listener;
@@ -37,6 +39,8 @@ pub struct Front {
     /// Whether the client is on this machine or proved the cluster key: only such a one may ask for secrets or decide who comes
     /// in.
     pub trusted: bool,
+    /// What this connection began and has not finished.
+    pub restores: Arc<Restores>,
 }
 
 /// What clients may do with the log, which this floor does not know.

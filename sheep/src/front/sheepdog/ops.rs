@@ -11,7 +11,7 @@ use qemu_proto::status::Status;
 use sheep_core::cluster_state::{ClusterState, Phase};
 
 use super::reply::{Answer, Outcome, Reply};
-use super::{Front, admin, objects, vdis};
+use super::{Front, admin, objects, restores, vdis};
 
 /// How long a request that is no I/O waits for the cluster to serve again.
 const SERVICE_PATIENCE: Duration = Duration::from_secs(10);
@@ -142,8 +142,11 @@ async fn dispatch(front: &Front, opcode: Opcode, request: &Request, payload: Byt
         }
         (O::DelVdi, RequestBody::Vdi(body)) if writes(request) => vdis::delete(front, body, &payload).await,
         (O::GetVdiAttr, RequestBody::Vdi(_)) if writes(request) => vdis::attribute(front, request, &payload).await,
+        (O::RestoreVdi, RequestBody::Vdi(body)) if writes(request) => restores::run(front, body, &payload).await,
         // Without the flag no name came along.
-        (O::NewVdi | O::LockVdi | O::GetVdiInfo | O::DelVdi | O::GetVdiAttr, _) => Err(Status::InvalidParms),
+        (O::NewVdi | O::LockVdi | O::GetVdiInfo | O::DelVdi | O::GetVdiAttr | O::RestoreVdi, _) => {
+            Err(Status::InvalidParms)
+        }
         (O::ReleaseVdi, _) => Ok(Reply::done()),
         (O::ReadVdis, _) => vdis::bitmap(front, request, |_| true),
         (O::ReadDelVdis, _) => vdis::bitmap(front, request, |vdi| vdi.deleted),
