@@ -199,6 +199,30 @@ pub enum Vdi {
         Zeros written where the volume has a hole take no space.\n  \
         Input that continues beyond the end of the VDI is an error (exit 1), not dropped in silence.")]
     Write(Write),
+    /// Write what changed between two snapshots of a VDI to standard output
+    #[command(after_help = "Examples:\n  dog vdi backup -F monday -s tuesday disk1 > disk1.tuesday\n  \
+        dog vdi backup -F 3 -s 4 disk1 | ssh store 'cat > disk1.4'\n\n\
+        'dog vdi restore' reads it. What did not change is not read; of an object that changed, the part\n\
+        from the first to the last change is written. A saved machine state is not in it.\n\
+        'dog vdi read -s monday disk1' writes everything, for the first backup.\n\
+        Differs from the old tool: the stream has checksums and says what it belongs to; the old tool\n\
+        cannot read it, and this one cannot read those of the old tool.")]
+    Backup(Backup),
+    /// Make a snapshot from an older one and the changes that backup wrote
+    #[command(after_help = "Examples:\n  dog vdi restore -s monday disk1 < disk1.tuesday\n  \
+        ssh store 'cat disk1.4' | dog vdi restore -s 3 disk1\n\n\
+        -s names the snapshot that the changes begin at: the same one, or one of a clone that shares all\n\
+        of its objects. The result is a further snapshot, without a tag, whose number is printed;\n\
+        'dog vdi rollback' goes back to it, 'dog vdi clone' makes a volume of it.\n\
+        A stream that is damaged, cut off, or belongs to something else is refused, and then, as after\n\
+        an interruption, there is no further snapshot.\n\
+        To restore into another cluster, or on top of a restored snapshot, give -f: then the parts of\n\
+        objects that the stream replaces are compared with what it expects there; that the rest is the\n\
+        same too is your word.\n\n\
+        Differs from the old tool: the volume itself, its content and what it was made from stay as they\n\
+        are, and may be in use; the old tool deleted it and made it anew, and a bad stream destroyed it.\n\
+        -B and -I are accepted and mean nothing.")]
+    Restore(Restore),
     /// Show how to use a VDI on this machine
     #[command(after_help = "Examples:\n  dog vdi attach disk1\n  dog vdi attach -s before-upgrade disk1 --json\n  \
         dog vdi attach disk1 --nbd /dev/nbd0\n\n\
@@ -464,6 +488,36 @@ pub struct Write {
     pub offset: Option<String>,
     /// How much [default: what standard input has]
     pub length: Option<String>,
+}
+
+#[derive(Debug, Args)]
+#[allow(missing_docs)]
+pub struct Backup {
+    /// Tag or id of the earlier snapshot; all digits are an id
+    #[arg(short = 'F', long, value_name = "TAG|ID", allow_hyphen_values = true)]
+    pub from: Option<OsString>,
+    #[command(flatten)]
+    pub snapshot: SnapshotWord,
+    /// Name of the VDI
+    pub vdi: OsString,
+}
+
+#[derive(Debug, Args)]
+#[allow(missing_docs)]
+pub struct Restore {
+    #[command(flatten)]
+    pub snapshot: SnapshotWord,
+    /// Take the snapshot for the one that the changes begin at
+    #[arg(short, long)]
+    pub force: bool,
+    /// Accepted for old scripts, without effect
+    #[arg(short = 'B', long, value_name = "N")]
+    pub nr_batched_reclamation: Option<String>,
+    /// Accepted for old scripts, without effect
+    #[arg(short = 'I', long, value_name = "SECONDS")]
+    pub reclamation_interval: Option<String>,
+    /// Name of the VDI
+    pub vdi: OsString,
 }
 
 /// The second word after `node`.

@@ -17,7 +17,7 @@ use crate::exit::Exit;
 
 /// What the old tool had and this one has not (yet): command, subcommands.
 const NOT_AVAILABLE: &[(&str, &[&str])] = &[
-    ("vdi", &["backup", "restore", "alter-copy", "lock"]),
+    ("vdi", &["alter-copy", "lock"]),
     ("node", &["md", "vnodes", "format"]),
     ("cluster", &["reweight", "snapshot", "alter-copy"]),
     ("upgrade", &[]),

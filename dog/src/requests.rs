@@ -10,7 +10,7 @@ use qemu_proto::names::{FIELD_BYTES, name_tag_payload, padded};
 use qemu_proto::node_entry::{NODE_BYTES, NODES_MAX, NodeEntry};
 use qemu_proto::oid::{Oid, VdiId};
 use qemu_proto::opcode::Opcode;
-use qemu_proto::request::{Request, RequestBody, VdiRequest};
+use qemu_proto::request::{Request, RequestBody, VdiRequest, restore};
 use qemu_proto::response::{Response, ResponseBody};
 use qemu_proto::status::Status;
 use serde_json::Value;
@@ -295,6 +295,27 @@ pub fn delete_vdi(sheep: &mut Sheep, name: &[u8], selector: &Selector) -> Result
     vdi_call(sheep, Opcode::DelVdi, body, &payload).map(drop)
 }
 
+/// Begins a snapshot beside the working VDI: gives a VDI to write into, at first with what `base` holds, that nobody else
+/// finds. It goes away with the connection unless it is finished on it.
+pub fn begin_restore(sheep: &mut Sheep, name: &[u8], base: VdiId, size_bytes: u64) -> Result<VdiId, Trouble> {
+    let body =
+        VdiRequest { snapid: restore::BEGIN, base_vdi_id: base.get(), vdi_size: size_bytes, ..VdiRequest::default() };
+    let (response, _) = vdi_call(sheep, Opcode::RestoreVdi, body, &padded(name))?;
+    vdi_of(sheep, &response)
+}
+
+/// Makes what was begun the newest snapshot of its name.
+pub fn finish_restore(sheep: &mut Sheep, name: &[u8], vdi: VdiId) -> Result<(), Trouble> {
+    let body = VdiRequest { snapid: restore::FINISH, base_vdi_id: vdi.get(), ..VdiRequest::default() };
+    vdi_call(sheep, Opcode::RestoreVdi, body, &padded(name)).map(drop)
+}
+
+/// Deletes what was begun.
+pub fn give_up_restore(sheep: &mut Sheep, name: &[u8], vdi: VdiId) -> Result<(), Trouble> {
+    let body = VdiRequest { snapid: restore::GIVE_UP, base_vdi_id: vdi.get(), ..VdiRequest::default() };
+    vdi_call(sheep, Opcode::RestoreVdi, body, &padded(name)).map(drop)
+}
+
 fn vdi_call(
     sheep: &mut Sheep,
     opcode: Opcode,
@@ -382,6 +403,11 @@ pub fn object_request(opcode: Opcode, oid: Oid, flags: RequestFlags, source: Opt
 /// Enters the owner of an object into its VDI's map.
 pub fn write_map_entry(sheep: &mut Sheep, vdi: VdiId, index: u32) -> Result<(), Trouble> {
     write_object(sheep, Oid::inode(vdi), map_offset(index), &vdi.get().to_le_bytes())
+}
+
+/// Makes an index of a VDI a hole.
+pub fn clear_map_entry(sheep: &mut Sheep, vdi: VdiId, index: u32) -> Result<(), Trouble> {
+    write_object(sheep, Oid::inode(vdi), map_offset(index), &[0; 4])
 }
 
 #[cfg(test)]

@@ -380,6 +380,8 @@ fn the_command_line_itself() -> Result<()> {
         &["vdi", "resize", "disk", "2G"],
         &["vdi", "delete", "disk"],
         &["vdi", "attach", "disk"],
+        &["vdi", "backup", "-F", "1", "-s", "2", "disk"],
+        &["vdi", "restore", "-s", "1", "disk"],
     ] {
         let ended = dog(&[arguments, &["-p", &port]].concat())?.exits(2)?;
         ensure!(ended.err().contains(&refusal), "{ended}");

@@ -6,6 +6,7 @@ use crate::meaning::Target;
 use crate::report::Report;
 
 pub mod attach;
+mod backup;
 pub mod catalog;
 pub mod check;
 pub mod clone;
@@ -13,12 +14,14 @@ pub mod create;
 pub mod delete;
 mod getattr;
 pub mod graph;
+mod increment;
 mod lanes;
 pub mod list;
 pub mod object;
 mod pieces;
 mod read;
 pub mod resize;
+mod restore;
 pub mod rollback;
 mod setattr;
 pub mod snapshot;
@@ -46,6 +49,8 @@ pub fn run(command: &Vdi, target: Target) -> Result<Report, Failure> {
         Vdi::Resize(typed) => resize::run(typed, target),
         Vdi::Read(typed) => read::run(typed, target),
         Vdi::Write(typed) => write::run(typed, target),
+        Vdi::Backup(typed) => backup::run(typed, target),
+        Vdi::Restore(typed) => restore::run(typed, target),
         Vdi::Attach(typed) => attach::run(typed, target),
     }
 }

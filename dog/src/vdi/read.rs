@@ -74,7 +74,7 @@ fn write_zeros(out: &mut impl Write, mut count: u64, progress: &mut Progress) ->
 }
 
 /// A reader that went away has what it wanted; everything else is worth a word.
-fn not_printed(error: &io::Error) -> Failure {
+pub fn not_printed(error: &io::Error) -> Failure {
     match error.kind() {
         io::ErrorKind::BrokenPipe => Failure::new(Exit::System, ""),
         _ => Failure::system(format!("Cannot write to standard output: {error}")),
