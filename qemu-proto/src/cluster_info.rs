@@ -185,10 +185,12 @@ pub struct VdiStateEntry {
     pub parent_vid: u32,
     /// 1 unlocked, 2 locked, 3 shared.
     pub lock_state: u32,
+    /// Who locked it, if it is locked: address and port.
+    pub lock_owner: ([u8; 16], u16),
 }
 
 impl VdiStateEntry {
-    /// The bytes on the wire, without lock owners.
+    /// The bytes on the wire.
     pub fn encode(&self) -> Vec<u8> {
         let mut bytes = vec![0; VDI_STATE_BYTES];
         put(&mut bytes, 0, &self.vid.to_le_bytes());
@@ -196,6 +198,8 @@ impl VdiStateEntry {
         put(&mut bytes, 4, &flags);
         put(&mut bytes, 12, &self.parent_vid.to_le_bytes());
         put(&mut bytes, 16, &self.lock_state.to_le_bytes());
+        put(&mut bytes, 20, &self.lock_owner.0);
+        put(&mut bytes, 36, &self.lock_owner.1.to_le_bytes());
         bytes
     }
 
@@ -210,6 +214,7 @@ impl VdiStateEntry {
             block_size_shift: bytes[8],
             parent_vid: u32_at(bytes, 12),
             lock_state: u32_at(bytes, 16),
+            lock_owner: (array(bytes, 20), u16_at(bytes, 36)),
         })
     }
 }
@@ -253,7 +258,8 @@ mod tests {
             nr_copies: 3,
             snapshot: 1,
             parent_vid: 6,
-            lock_state: 1,
+            lock_state: 2,
+            lock_owner: ([9; 16], 7000),
             ..VdiStateEntry::default()
         };
         let bytes = entry.encode();

@@ -92,6 +92,8 @@ impl Node {
             },
             trusted: true,
             restores: Arc::default(),
+            locks: Arc::default(),
+            connection: 0,
         };
         for listener in clients {
             tokio::spawn(sheepdog::listen(front.clone(), listener, config.allowed.clone()));

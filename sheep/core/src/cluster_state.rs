@@ -45,6 +45,8 @@ const EPOCHS_KEPT_FOR_ERA: usize = 32;
 pub const DEFAULT_COPIES: u8 = 3;
 /// log2 of 4 MiB.
 pub const DEFAULT_OBJECT_SIZE_SHIFT: u8 = 22;
+/// The cluster flag that `dog cluster format -l` sets (protocol.md section 2.4).
+const LOCKS_ENFORCED: u16 = 0x0008;
 /// The map of an inode has this many entries: the largest volume is this many objects.
 pub const OBJECTS_MAX: u64 = 1 << 20;
 
@@ -109,6 +111,15 @@ pub struct Lease {
     pub generation: u32,
 }
 
+/// A client's right to be the only one that has a volume open.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct Lock {
+    /// The node that the client is connected to: the lock ends when it is no member any more.
+    pub node: NodeId,
+    /// Tells one opening from another.
+    pub token: u64,
+}
+
 /// Whether the cluster serves.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub enum Phase {
@@ -171,6 +182,9 @@ pub struct ClusterState {
     pub needs_majority: bool,
     /// The operator went on with one zone: then one copy has to do until there are two again.
     pub one_copy_will_do: bool,
+    /// By name, because a snapshot or a rollback changes the id of a volume but not who has it open. Empty unless the cluster
+    /// was formatted to enforce locks.
+    pub locks: BTreeMap<Vec<u8>, Lock>,
 }
 
 impl Default for ClusterState {
@@ -201,6 +215,7 @@ impl Default for ClusterState {
             admission: Admission::default(),
             needs_majority: false,
             one_copy_will_do: false,
+            locks: BTreeMap::new(),
         }
     }
 }
@@ -248,6 +263,10 @@ impl ClusterState {
             Command::FinishRestore { vdi, node, generation, time } => {
                 self.finish_restore(*vdi, (*node, *generation), *time).map_or_else(Outcome::Refused, Outcome::Vdi)
             }
+            Command::LockVdi { name, node, token } => {
+                self.lock(name, *node, *token).map_or_else(Outcome::Refused, Outcome::Vdi)
+            }
+            Command::UnlockVdi { name, token } => self.unlock(name, *token),
             Command::GiveUpRestore { vdi } => self.give_up_restore(*vdi).map_or_else(Outcome::Refused, Outcome::Vdi),
         };
         self.check();
@@ -272,6 +291,11 @@ impl ClusterState {
     /// The record of an epoch, if it is still known.
     pub fn epoch_record(&self, epoch: Epoch) -> Option<&Arc<EpochRecord>> {
         self.epochs.iter().rev().find(|record| record.epoch == epoch)
+    }
+
+    /// Whether only one client may have a volume open.
+    pub fn enforces_locks(&self) -> bool {
+        self.settings.flags & LOCKS_ENFORCED != 0
     }
 
     /// A VDI that was not deleted.
@@ -352,7 +376,7 @@ impl ClusterState {
             return Outcome::Refused(Refusal::NoEffect);
         }
         for node in &gone {
-            self.drop_leases_of(*node);
+            self.drop_rights_of(*node);
         }
         if let Phase::Waiting { missing, .. } = &mut self.phase {
             let last = self.epochs.last();
@@ -365,7 +389,8 @@ impl ClusterState {
         Outcome::Done
     }
 
-    fn drop_leases_of(&mut self, node: NodeId) {
+    fn drop_rights_of(&mut self, node: NodeId) {
+        self.locks.retain(|_, lock| lock.node != node);
         for lease in self.leases.values_mut() {
             if lease.holder == Some(node) {
                 lease.holder = None;
@@ -455,6 +480,7 @@ impl ClusterState {
         for lease in self.leases.values_mut() {
             lease.holder = None;
         }
+        self.locks.clear();
         self.phase = Phase::Shutdown;
         Outcome::Done
     }
@@ -476,6 +502,7 @@ impl ClusterState {
         for lease in self.leases.values_mut() {
             lease.holder = None;
         }
+        self.locks.clear();
         self.phase = if missing.is_empty() { Phase::Running } else { Phase::Waiting { missing, orderly } };
         self
     }
@@ -500,6 +527,7 @@ impl ClusterState {
         }
         for node in gone {
             self.members.remove(node);
+            self.locks.retain(|_, lock| lock.node != *node);
         }
         let shown_only = self.epochs.iter().filter(|record| record.epoch < self.clean).count();
         self.epochs.drain(..shown_only.saturating_sub(EPOCHS_KEPT_FOR_ERA));
@@ -752,6 +780,29 @@ impl ClusterState {
         let id = new.id;
         self.vdis.insert(id.get(), Arc::new(new));
         Ok(id)
+    }
+
+    fn lock(&mut self, name: &[u8], node: NodeId, token: u64) -> Result<VdiId, Refusal> {
+        self.require_running()?;
+        let id = self.lookup(name, Target::Current)?;
+        if !self.enforces_locks() || !self.members.contains_key(&node) {
+            return Err(Refusal::NoEffect);
+        }
+        match self.locks.get(name) {
+            Some(lock) if lock.token != token => Err(Refusal::Locked),
+            _ => {
+                self.locks.insert(name.to_vec(), Lock { node, token });
+                Ok(id)
+            }
+        }
+    }
+
+    fn unlock(&mut self, name: &[u8], token: Option<u64>) -> Outcome {
+        if self.locks.get(name).is_none_or(|lock| token.is_some_and(|token| token != lock.token)) {
+            return Outcome::Refused(Refusal::NoEffect);
+        }
+        self.locks.remove(name);
+        Outcome::Done
     }
 
     fn finish_restore(&mut self, id: VdiId, drained: (NodeId, u32), time: u64) -> Result<VdiId, Refusal> {

@@ -96,6 +96,11 @@ pub enum Command {
         #[serde(with = "ids::vdi_id")]
         vdi: VdiId,
     },
+    /// A client of this node opens the working VDI of a name and wants to be the only one; the token is a random number that
+    /// tells one opening from another.
+    LockVdi { name: Vec<u8>, node: NodeId, token: u64 },
+    /// The client closed it or is gone; without a token, an operator says so.
+    UnlockVdi { name: Vec<u8>, token: Option<u64> },
 }
 
 /// The request behind `NEW_VDI` (protocol.md sections 6.4, 6.5, 6.12, 6.14).
@@ -182,4 +187,6 @@ pub enum Refusal {
     OtherFingerprint,
     /// No such token: never given out, used, or void since the key was replaced.
     TokenUnknown,
+    /// Another client has it open.
+    Locked,
 }

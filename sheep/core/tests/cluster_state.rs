@@ -201,6 +201,33 @@ fn a_restore_that_is_not_finished_leaves_nothing() {
 }
 
 #[test]
+fn a_lock_excludes_others_and_outlives_snapshots_but_not_its_node() {
+    let mut state = formatted(3);
+    vdi_of(&state.apply(&new_vdi("vm", None, false, None)));
+    let lock = |node, token| Command::LockVdi { name: b"vm".to_vec(), node: NodeId(node), token };
+    let unlock = |token| Command::UnlockVdi { name: b"vm".to_vec(), token };
+    assert_eq!(state.apply(&lock(1, 5)), Outcome::Refused(Refusal::NoEffect), "locks are advisory");
+    let format = Command::Format { cluster_id: 10, copies: 3, object_size_shift: 22, flags: 8, time: 100 };
+    assert_eq!(state.apply(&format), Outcome::Done);
+    assert_eq!(state.apply(&lock(1, 5)), Outcome::Refused(Refusal::NoVdi));
+    let vm = vdi_of(&state.apply(&new_vdi("vm", None, false, None)));
+    assert_eq!(state.apply(&lock(1, 5)), Outcome::Vdi(vm));
+    assert_eq!(state.apply(&lock(1, 5)), Outcome::Vdi(vm), "once more is once");
+    assert_eq!(state.apply(&lock(2, 6)), Outcome::Refused(Refusal::Locked));
+    assert_eq!(state.apply(&lock(1, 7)), Outcome::Refused(Refusal::Locked), "through the same node too");
+    let (_, next) = snapshot(&mut state, "vm");
+    assert_eq!(state.apply(&lock(2, 6)), Outcome::Refused(Refusal::Locked), "a snapshot strands nothing");
+    assert_eq!(state.apply(&unlock(Some(6))), Outcome::Refused(Refusal::NoEffect), "not its lock");
+    assert_eq!(state.apply(&unlock(Some(5))), Outcome::Done);
+    assert_eq!(state.apply(&lock(2, 6)), Outcome::Vdi(next));
+    state.apply(&Command::Evict { nodes: vec![NodeId(2)], time: 1 });
+    assert_eq!(state.apply(&lock(3, 8)), Outcome::Vdi(next), "the dead lock nothing");
+    assert_eq!(state.apply(&lock(2, 9)), Outcome::Refused(Refusal::NoEffect));
+    assert_eq!(state.apply(&unlock(None)), Outcome::Done, "by force");
+    assert!(state.locks.is_empty());
+}
+
+#[test]
 fn header_edits_take_what_clients_may_change_and_nothing_that_undoes_a_snapshot() {
     let mut state = formatted(3);
     vdi_of(&state.apply(&new_vdi("vm", None, false, None)));

@@ -12,7 +12,7 @@ use qemu_proto::request::{HEADER_BYTES, Request};
 use tokio::sync::Semaphore;
 
 use super::reply::Answer;
-use super::{Front, ops, restores};
+use super::{Front, locks, ops, restores};
 use crate::data::traffic::{Side, Work};
 use crate::world::frames::{FrameReader, FrameSender};
 use crate::world::net::Connection;
@@ -26,8 +26,10 @@ const OBJECT_BYTES_MAX: usize = 64 << 20;
 
 /// Serves a connection to its end.
 pub async fn serve(front: Front, connection: Connection) {
-    let front = Front { restores: Arc::default(), ..front };
+    let connection_number = front.locks.arrived(&connection.peer);
+    let front = Front { restores: Arc::default(), connection: connection_number, ..front };
     serve_requests(&front, connection).await;
+    locks::left(&front);
     restores::give_up(&front).await;
 }
 
@@ -36,6 +38,7 @@ async fn serve_requests(front: &Front, connection: Connection) {
     let mut reader = FrameReader::new(connection.reader);
     let sender = FrameSender::start(connection.writer);
     let room = Arc::new(Semaphore::new(UNDER_WAY_BYTES_MAX));
+    let (mut is_silent, mut wrote_to) = (true, None);
     loop {
         let header = match reader.header::<HEADER_BYTES>().await {
             Ok(Some(header)) => header,
@@ -64,6 +67,12 @@ async fn serve_requests(front: &Front, connection: Connection) {
                 return;
             }
         };
+        let writes_to = ops::written_vdi(&request);
+        if is_silent || (writes_to.is_some() && writes_to != wrote_to) {
+            locks::note(front, front.connection, writes_to);
+            is_silent = false;
+            wrote_to = writes_to.or(wrote_to);
+        }
         if let Some(answer) = ops::answer_now(front, &request) {
             front.data.traffic().answered_at_once(Side::Clients, answer.payload.len());
             send(&sender, answer);

@@ -1,10 +1,11 @@
 //! Sheepdog's client protocol: listening sockets and connections.
 //!
 //! `conn` reads requests and answers them in the order of completion; `ops` is the table of operations, `reply` what they give; `objects`, `vdis`,
-//! `restores` and `admin` carry them out; `wire_status` turns errors into result codes.
+//! `locks`, `restores` and `admin` carry them out; `wire_status` turns errors into result codes.
 
 pub mod admin;
 pub mod conn;
+pub mod locks;
 pub mod objects;
 pub mod ops;
 pub mod reply;
@@ -18,6 +19,7 @@ use std::sync::Arc;
 
 use tokio::sync::Notify;
 
+use self::locks::Locks;
 use self::restores::Restores;
 use super::allowed::Allowed;
 use crate::data::Data;
@@ -41,6 +43,10 @@ pub struct Front {
     pub trusted: bool,
     /// What this connection began and has not finished.
     pub restores: Arc<Restores>,
+    /// Which volumes the clients of this node have locked.
+    pub locks: Arc<Locks>,
+    /// The number of this connection among those of the node.
+    pub connection: u64,
 }
 
 /// What clients may do with the log, which this floor does not know.

@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use qemu_proto::flags::RequestFlags;
+use qemu_proto::oid::VdiId;
 use qemu_proto::opcode::{ADMIN_VERSION, CLIENT_VERSION_MAX, Opcode};
 use qemu_proto::request::{Request, RequestBody};
 use qemu_proto::response::{Response, ResponseBody};
@@ -62,6 +63,17 @@ fn refusal(front: &Front, request: &Request) -> Option<Status> {
         Phase::Unformatted => Some(Status::WaitForFormat),
         Phase::Waiting { .. } => Some(Status::WaitForJoin),
         Phase::Shutdown => Some(Status::Shutdown),
+    }
+}
+
+/// The VDI that a request of a data connection changes, or makes durable.
+pub fn written_vdi(request: &Request) -> Option<VdiId> {
+    use Opcode as O;
+    match (request.op(), &request.body) {
+        (Some(O::WriteObj | O::CreateAndWriteObj | O::DiscardObj | O::FlushVdi), RequestBody::Object(body)) => {
+            Some(body.oid.vid())
+        }
+        _ => None,
     }
 }
 
@@ -137,9 +149,8 @@ async fn dispatch(front: &Front, opcode: Opcode, request: &Request, payload: Byt
         (O::CheckObject, RequestBody::Object(body)) => objects::check(front, body).await,
         (O::LocateObject, RequestBody::Object(body)) => objects::locate(front, body, request),
         (O::NewVdi, RequestBody::Vdi(body)) if writes(request) => vdis::new_vdi(front, body, &payload).await,
-        (O::LockVdi | O::GetVdiInfo, RequestBody::Vdi(body)) if writes(request) => {
-            vdis::lookup(front, body, &payload).await
-        }
+        (O::LockVdi, RequestBody::Vdi(body)) if writes(request) => vdis::lock(front, body, &payload).await,
+        (O::GetVdiInfo, RequestBody::Vdi(body)) if writes(request) => vdis::lookup(front, body, &payload).await,
         (O::DelVdi, RequestBody::Vdi(body)) if writes(request) => vdis::delete(front, body, &payload).await,
         (O::GetVdiAttr, RequestBody::Vdi(_)) if writes(request) => vdis::attribute(front, request, &payload).await,
         (O::RestoreVdi, RequestBody::Vdi(body)) if writes(request) => restores::run(front, body, &payload).await,
@@ -147,6 +158,7 @@ async fn dispatch(front: &Front, opcode: Opcode, request: &Request, payload: Byt
         (O::NewVdi | O::LockVdi | O::GetVdiInfo | O::DelVdi | O::GetVdiAttr | O::RestoreVdi, _) => {
             Err(Status::InvalidParms)
         }
+        (O::ReleaseVdi, RequestBody::Vdi(body)) => vdis::release(front, request, body).await,
         (O::ReleaseVdi, _) => Ok(Reply::done()),
         (O::ReadVdis, _) => vdis::bitmap(front, request, |_| true),
         (O::ReadDelVdis, _) => vdis::bitmap(front, request, |vdi| vdi.deleted),

@@ -1,5 +1,7 @@
 //! Operations on VDIs: made, looked up, deleted, listed; attributes.
 
+use std::collections::BTreeMap;
+
 use qemu_proto::attr::AttrRecord;
 use qemu_proto::bitmap::{BITMAP_BYTES, bitmap_of};
 use qemu_proto::cluster_info::VdiStateEntry;
@@ -10,12 +12,13 @@ use qemu_proto::request::{Request, VdiRequest};
 use qemu_proto::response::ResponseBody;
 use qemu_proto::status::Status;
 use sheep_core::command::NewVdi;
+use sheep_core::member::NodeId;
 use sheep_core::vdi::Vdi;
 use sheep_core::vdi_name::Target;
 
-use super::Front;
 use super::reply::{Outcome, Reply};
 use super::wire_status::of_volume;
+use super::{Front, locks};
 use crate::data::attributes::{AttributeAction, AttributeResult, attribute as on_attribute};
 use crate::data::volumes::{self, Found};
 
@@ -48,7 +51,26 @@ pub async fn new_vdi(front: &Front, body: &VdiRequest, payload: &[u8]) -> Outcom
     Ok(Reply::body(found_body(found)))
 }
 
-/// LOCK_VDI and GET_VDI_INFO: locks are advisory, so both are lookups.
+/// LOCK_VDI: a lookup and, of a working VDI where locks are enforced, a lock.
+pub async fn lock(front: &Front, body: &VdiRequest, payload: &[u8]) -> Outcome {
+    let found = lookup(front, body, payload).await?;
+    let (name, tag) = parse_name_tag(payload).map_err(|_| Status::InvalidParms)?;
+    if Target::new(tag, body.snapid) == Target::Current {
+        locks::lock(front, name).await?;
+    }
+    Ok(found)
+}
+
+/// RELEASE_VDI: clients send a name along, `dog vdi lock unlock` does not. There is nothing to be said against closing.
+pub async fn release(front: &Front, request: &Request, body: &VdiRequest) -> Outcome {
+    let is_client = request.flags.contains(RequestFlags::WRITE);
+    if let Some(vdi) = VdiId::new(body.base_vdi_id).filter(|_| front.data.view().state.enforces_locks()) {
+        locks::release(front, vdi, !is_client).await;
+    }
+    Ok(Reply::done())
+}
+
+/// GET_VDI_INFO.
 pub async fn lookup(front: &Front, body: &VdiRequest, payload: &[u8]) -> Outcome {
     let (name, tag) = parse_name_tag(payload).map_err(|_| Status::InvalidParms)?;
     let found = volumes::lookup(&front.data, name, Target::new(tag, body.snapid)).await.map_err(of_volume)?;
@@ -75,7 +97,11 @@ pub fn bitmap(front: &Front, request: &Request, which: impl Fn(&Vdi) -> bool) ->
 pub fn states(front: &Front, request: &Request) -> Outcome {
     let view = front.data.view();
     let mut payload = Vec::new();
+    let locked: BTreeMap<VdiId, NodeId> = (view.state.locks.iter())
+        .filter_map(|(name, lock)| Some((view.state.lookup(name, Target::Current).ok()?, lock.node)))
+        .collect();
     for vdi in view.state.vdis.values() {
+        let owner = locked.get(&vdi.id).and_then(|node| view.state.members.get(node));
         let entry = VdiStateEntry {
             vid: vdi.id.get(),
             nr_copies: vdi.copies,
@@ -84,7 +110,8 @@ pub fn states(front: &Front, request: &Request) -> Outcome {
             copy_policy: 0,
             block_size_shift: vdi.object_size_shift,
             parent_vid: vdi.parent.map_or(0, VdiId::get),
-            lock_state: 1,
+            lock_state: if locked.contains_key(&vdi.id) { 2 } else { 1 },
+            lock_owner: owner.map_or_else(Default::default, |owner| (owner.member.address, owner.member.port)),
         };
         payload.extend_from_slice(&entry.encode());
         if payload.len() > request.data_length as usize {

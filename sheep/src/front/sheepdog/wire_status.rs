@@ -46,6 +46,7 @@ pub fn of_refusal(refusal: Refusal) -> Status {
         Refusal::ReadOnly => Status::Readonly,
         Refusal::LeaseHeldBy(_) | Refusal::LeaseLost => Status::Again,
         Refusal::Banned | Refusal::OtherFingerprint | Refusal::TokenUnknown => Status::JoinFailed,
+        Refusal::Locked => Status::VdiLocked,
         Refusal::NoEffect => Status::Unknown,
     }
 }
