@@ -199,6 +199,17 @@ pub enum Vdi {
         Zeros written where the volume has a hole take no space.\n  \
         Input that continues beyond the end of the VDI is an error (exit 1), not dropped in silence.")]
     Write(Write),
+    /// Show who has VDIs open, or open the way for another
+    #[command(
+        after_help = "Examples:\n  dog vdi lock list\n  dog vdi lock list --json\n  dog vdi lock unlock disk1\n\n\
+        Locks exist in a cluster that was formatted with 'dog cluster format -l', for clients of the\n\
+        native protocol; elsewhere the list is empty. A lock is shown with the node that its client is\n\
+        connected to, and ends when that client closes the VDI, 5 s after it is gone, or when the node\n\
+        is gone. unlock does not disconnect the client: make sure that it does not write any more.\n\
+        Differs from the old tool: no lock stays behind when a client or a node crashes, or with a\n\
+        snapshot."
+    )]
+    Lock(Lock),
     /// Write what changed between two snapshots of a VDI to standard output
     #[command(after_help = "Examples:\n  dog vdi backup -F monday -s tuesday disk1 > disk1.tuesday\n  \
         dog vdi backup -F 3 -s 4 disk1 | ssh store 'cat > disk1.4'\n\n\
@@ -492,6 +503,21 @@ pub struct Write {
 
 #[derive(Debug, Args)]
 #[allow(missing_docs)]
+pub struct Lock {
+    #[command(flatten)]
+    pub snapshot: SnapshotWord,
+    /// As JSON
+    #[arg(long)]
+    pub json: bool,
+    /// list: who has what open; unlock: let another client open it
+    #[arg(value_name = "list|unlock")]
+    pub nested: Option<String>,
+    /// Name of the VDI to unlock
+    pub vdi: Option<OsString>,
+}
+
+#[derive(Debug, Args)]
+#[allow(missing_docs)]
 pub struct Backup {
     /// Tag or id of the earlier snapshot; all digits are an id
     #[arg(short = 'F', long, value_name = "TAG|ID", allow_hyphen_values = true)]
@@ -718,7 +744,7 @@ pub struct Format {
     /// Copies of each object, 1 to 31 [default: 3]
     #[arg(short, long, value_name = "COPIES", allow_hyphen_values = true)]
     pub copies: Option<String>,
-    /// Let only one client open a volume
+    /// Let only one client of the native protocol open a volume (live migration needs two)
     #[arg(short, long)]
     pub lock: bool,
     /// Refuse writes that cannot have all copies

@@ -17,7 +17,7 @@ use crate::exit::Exit;
 
 /// What the old tool had and this one has not (yet): command, subcommands.
 const NOT_AVAILABLE: &[(&str, &[&str])] = &[
-    ("vdi", &["alter-copy", "lock"]),
+    ("vdi", &["alter-copy"]),
     ("node", &["md", "vnodes", "format"]),
     ("cluster", &["reweight", "snapshot", "alter-copy"]),
     ("upgrade", &[]),

@@ -4,6 +4,7 @@ use std::fmt;
 use std::net::{IpAddr, SocketAddr};
 
 use qemu_proto::bitmap::{BITMAP_BYTES, ids_in};
+use qemu_proto::cluster_info::VdiStateEntry;
 use qemu_proto::flags::RequestFlags;
 use qemu_proto::inode::{self, InodeHeader};
 use qemu_proto::names::{FIELD_BYTES, name_tag_payload, padded};
@@ -23,6 +24,10 @@ use crate::meaning::{Selector, Target};
 
 /// Most of the cluster's own report that is read.
 const REPORT_BYTES_MAX: u32 = 1 << 20;
+/// States of VDIs that are read at once: of some forty thousand.
+const VDI_STATES_BYTES_MAX: u32 = 60 << 20;
+/// The state of a lock that nobody has.
+const UNLOCKED: u32 = 1;
 /// Bytes of a wish to the cluster driver, blanks at its end: the answer may be as long as the wish.
 const WISH_BYTES: usize = 8192;
 
@@ -403,6 +408,22 @@ pub fn object_request(opcode: Opcode, oid: Oid, flags: RequestFlags, source: Opt
 /// Enters the owner of an object into its VDI's map.
 pub fn write_map_entry(sheep: &mut Sheep, vdi: VdiId, index: u32) -> Result<(), Trouble> {
     write_object(sheep, Oid::inode(vdi), map_offset(index), &vdi.get().to_le_bytes())
+}
+
+/// The VDIs that are locked.
+pub fn locks(sheep: &mut Sheep) -> Result<Vec<VdiStateEntry>, Failure> {
+    let mut request = Request::plain(Opcode::GetVdiCopies);
+    request.data_length = VDI_STATES_BYTES_MAX;
+    let (_, answer) = sheep.call(request, &[]).map_err(|trouble| {
+        trouble.or(|reason| Failure::failed(format!("Failed to get the list of locks: {reason}")))
+    })?;
+    Ok(VdiStateEntry::decode_all(&answer).filter(|entry| entry.lock_state != UNLOCKED).collect())
+}
+
+/// Takes the lock of a VDI away from whoever has it.
+pub fn unlock(sheep: &mut Sheep, vdi: VdiId) -> Result<(), Trouble> {
+    let body = VdiRequest { base_vdi_id: vdi.get(), ..VdiRequest::default() };
+    sheep.call(Request::vdi(Opcode::ReleaseVdi, RequestFlags::NONE, body), &[]).map(drop)
 }
 
 /// Makes an index of a VDI a hole.

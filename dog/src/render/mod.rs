@@ -4,6 +4,7 @@ mod attach;
 mod cluster;
 mod graph;
 mod image;
+mod lock_list;
 mod log;
 pub mod node;
 mod object;

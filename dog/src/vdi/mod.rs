@@ -17,6 +17,7 @@ pub mod graph;
 mod increment;
 mod lanes;
 pub mod list;
+pub mod lock;
 pub mod object;
 mod pieces;
 mod read;
@@ -49,6 +50,7 @@ pub fn run(command: &Vdi, target: Target) -> Result<Report, Failure> {
         Vdi::Resize(typed) => resize::run(typed, target),
         Vdi::Read(typed) => read::run(typed, target),
         Vdi::Write(typed) => write::run(typed, target),
+        Vdi::Lock(typed) => lock::run(typed, target),
         Vdi::Backup(typed) => backup::run(typed, target),
         Vdi::Restore(typed) => restore::run(typed, target),
         Vdi::Attach(typed) => attach::run(typed, target),
