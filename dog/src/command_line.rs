@@ -384,7 +384,7 @@ mod tests {
 
     #[test]
     fn what_is_not_made_yet_says_so() {
-        for line in ["vdi backup x", "upgrade inode-convert", "node md info"] {
+        for line in ["vdi alter-copy x", "upgrade inode-convert", "node md info"] {
             let answered = refused(line);
             assert!(answered.err.contains("is not available in this version"), "{line}: {}", answered.err);
             assert_eq!(answered.exit, Exit::Failure, "{line}");
