@@ -18,20 +18,36 @@ const WAIT: Duration = Duration::from_secs(1);
 const PATIENCE: Duration = Duration::from_secs(10);
 /// Between attempts while nobody can be followed.
 const RETRY: Duration = Duration::from_millis(50);
+/// Between looks whether the votes still bring the order here: what tells of it comes with the pulse.
+const LOOK_INTERVAL: Duration = Duration::from_millis(200);
+
+/// What asking the leader came to.
+enum Followed {
+    /// It told what came next, or that nothing did while it was waited for.
+    Learned,
+    /// The order comes here in another way.
+    NothingToDo,
+    /// Nobody to ask, or no answer.
+    InVain,
+}
 
 impl Quorum {
     pub(super) async fn keep_following(self) {
         loop {
-            if !self.follow_once().await {
-                self.inner.world.clock.sleep(RETRY).await;
+            match self.follow_once().await {
+                Followed::Learned => {}
+                Followed::NothingToDo => self.inner.world.clock.sleep(LOOK_INTERVAL).await,
+                Followed::InVain => self.inner.world.clock.sleep(RETRY).await,
             }
         }
     }
 
-    /// Whether something was learned, or there was nothing to learn.
-    async fn follow_once(&self) -> bool {
-        let Some(charter) = self.charter() else { return false };
-        let Some(leader) = self.leader().filter(|leader| *leader != self.inner.node) else { return false };
+    async fn follow_once(&self) -> Followed {
+        let Some(charter) = self.charter() else { return Followed::InVain };
+        let Some(leader) = self.leader() else { return Followed::InVain };
+        if leader == self.inner.node {
+            return Followed::NothingToDo;
+        }
         // The votes bring the order to those who take part in them. Whether that works is seen from what the leader has: one
         // that was replaced as a voter while it was away does not know of it.
         let is_brought = {
@@ -39,16 +55,16 @@ impl Quorum {
             known.in_votes && self.index() >= known.indices[1]
         };
         if is_brought {
-            return false;
+            return Followed::NothingToDo;
         }
         let after = self.index();
         let request = Request::Follow { era: charter.era, after, wait_ms: WAIT.as_millis() as u32 };
         match self.call(leader, &request, WAIT + PATIENCE).await {
             Some(Answer::Follow(Some(updates))) => {
                 self.take_updates(charter, after, updates);
-                true
+                Followed::Learned
             }
-            _ => false,
+            _ => Followed::InVain,
         }
     }
 

@@ -18,6 +18,8 @@ use super::messages::{Answer, Card, Join, JoinAnswer, Request, decode};
 use super::{Asking, Quorum, addresses_of, last_known, lock};
 use crate::cluster::mesh::{ContactError, Peer, Standing};
 
+/// How often a member looks whether it still is one.
+const IN_INTERVAL: Duration = Duration::from_millis(200);
 /// Between attempts to come in.
 const ASK_INTERVAL: Duration = Duration::from_millis(100);
 /// Between attempts of a node that an operator has to admit.
@@ -124,7 +126,7 @@ impl Quorum {
             Some(_) => {
                 let state = self.state();
                 if self.is_member(&state) || state.phase == Phase::Shutdown {
-                    return ASK_INTERVAL;
+                    return IN_INTERVAL;
                 }
                 let Some(leader) = self.leader() else { return ASK_INTERVAL };
                 let join = self.join_request(&state);

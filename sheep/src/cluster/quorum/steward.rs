@@ -16,6 +16,8 @@ use super::{EVICT, FENCE, Quorum, lock};
 
 /// How often the leader looks.
 const TICK: Duration = Duration::from_millis(100);
+/// How often the others look whether they lead; whoever begins to is woken by the first entry of its term.
+const IDLE_TICK: Duration = Duration::from_millis(500);
 /// A process that was heard within this is taken to be there; a restart under the same identity is looked into before.
 const RECENT: Duration = Duration::from_millis(600);
 /// After an orderly stop of everybody, the last epoch goes on unchanged if all are back within this; else those who are back
@@ -250,9 +252,10 @@ impl Stewardship {
 impl Quorum {
     pub(super) async fn run_steward(self) {
         loop {
+            let pause = if self.leading().is_some() { TICK } else { IDLE_TICK };
             tokio::select! {
                 () = self.inner.steward_wake.notified() => {}
-                () = self.inner.world.clock.sleep(TICK) => {}
+                () = self.inner.world.clock.sleep(pause) => {}
             }
             let Some(consensus) = self.leading() else { continue };
             {

@@ -6,7 +6,7 @@
 //!
 //! Always holds:
 //! 1. Two clients have the same working VDI locked at no time: the cluster's order decides.
-//! 2. A lock ends when its client releases it, when an operator says so, [`GRACE`] after the last connection that may be its
+//! 2. A lock ends when its client releases it, when an operator says so, 5 s (`GRACE`) after the last connection that may be its
 //!    client's has ended, and when this node is no member any more. No snapshot ends it or leaves it behind.
 //! 3. Snapshots are never locked, and I/O needs no lock: a client that lost its connection goes on without asking again.
 //!
