@@ -34,7 +34,7 @@ struct HistoricEpoch {
 #[derive(Clone)]
 pub struct History {
     epochs: Vec<HistoricEpoch>,
-    /// Nobody has to be heard about this epoch and those before it.
+    /// Of this epoch and those before it only those have to be heard who were there when the others were given up.
     forgiven: Epoch,
 }
 
@@ -162,6 +162,12 @@ impl History {
         holders.iter().copied().filter(is_steady).collect()
     }
 
+    /// Whether a node was there when the operator gave up what others might know.
+    fn survived(&self, node: NodeId) -> bool {
+        let first = self.epochs.iter().find(|at| at.record.epoch > self.forgiven);
+        first.is_some_and(|at| at.record.members.contains_key(&node))
+    }
+
     /// Current members that held the object in any epoch since the clean one: whoever may have something to say.
     pub fn witnesses(&self, key: PlacementKey, copies: u8) -> BTreeSet<NodeId> {
         let Some(last) = self.epochs.last() else { return BTreeSet::new() };
@@ -173,14 +179,14 @@ impl History {
     /// now: then nobody can say that an object nobody mentioned does not exist. `None` if there is no such epoch.
     pub fn possibly_out_of_sight(&self, copies_min: u8) -> Option<Epoch> {
         let last = self.epochs.last()?;
-        let counted = self.epochs.iter().map(|at| &at.record).filter(|record| record.epoch > self.forgiven);
-        counted.into_iter().find_map(|record| {
+        self.epochs.iter().map(|at| &at.record).find_map(|record| {
             let storing = record.members.values().map(|m| &m.member).filter(|member| !member.is_gateway());
             let zones: BTreeSet<u32> = storing.clone().map(|member| member.zone).collect();
             let absent = storing.filter(|member| !last.record.members.contains_key(&member.id));
+            let counts = record.epoch > self.forgiven || absent.clone().any(|member| self.survived(member.id));
             let zones_absent: BTreeSet<u32> = absent.map(|member| member.zone).collect();
             let enough = zones.len().min(usize::from(copies_min)).max(1);
-            (zones_absent.len() >= enough).then_some(record.epoch)
+            (counts && zones_absent.len() >= enough).then_some(record.epoch)
         })
     }
 
@@ -192,7 +198,7 @@ impl History {
         };
         let best = answers.iter().filter_map(rank).max();
         // A copy that is current as of an epoch contains every write of the epochs up to it: those need no other witness.
-        let told = best.map_or(self.forgiven, |(as_of, _)| as_of.max(self.forgiven));
+        let told = best.map_or(Epoch(0), |(as_of, _)| as_of);
         let before_current = self.epochs.len().saturating_sub(1);
         for at in self.epochs[..before_current].iter().filter(|at| at.record.epoch > told) {
             let held = at.holders(key, copies);
@@ -201,8 +207,10 @@ impl History {
                 let went_all_the_way = || self.current_as_of(answer, key, copies) >= Some(at.record.epoch);
                 !steady.is_empty() && !steady.contains(&answer.node) && !went_all_the_way()
             };
-            let heard = |answer: &Answer| held.contains(&answer.node) && !may_have_deferred(answer);
-            if !held.is_empty() && !answers.iter().any(heard) {
+            let is_forgiven = at.record.epoch <= self.forgiven;
+            let heard = |answer: &Answer| held.contains(&answer.node) && (is_forgiven || !may_have_deferred(answer));
+            let somebody_knows = held.iter().any(|node| !is_forgiven || self.survived(*node));
+            if somebody_knows && !answers.iter().any(heard) {
                 return Decision::Unheard(at.record.epoch);
             }
         }

@@ -152,6 +152,24 @@ fn what_another_era_wrote_is_newer_than_what_the_given_up_majority_went_on_to() 
 }
 
 #[test]
+fn what_only_one_of_those_who_went_on_has_is_waited_for() {
+    let mut story = Story::begin();
+    let one_copy = |story: &Story, answers: &[Answer]| History::of(&story.state, None).decide(key(), 1, answers);
+    let owner = History::of(&story.state, None).holders(key(), 1)[0].get();
+    let rest: Vec<u64> = [A, B, C].into_iter().filter(|node| *node != owner).collect();
+    let (other, gone) = (rest[0], rest[1]);
+    story.state.begin_era(&[NodeId(gone)], 0);
+    // It is out of sight before it was compared with anybody: nobody gave up what it has.
+    story.dies(owner);
+    assert_eq!(one_copy(&story, &[has_nothing(other, 1)]), Decision::Unheard(Epoch(1)));
+    assert_eq!(History::of(&story.state, None).possibly_out_of_sight(1), Some(Epoch(1)));
+    story.joins(owner);
+    let answers = [has_nothing(other, 1), has(owner, 1, stamp(1, 5), 1)];
+    assert_eq!(one_copy(&story, &answers), newest(stamp(1, 5), &[owner]));
+    assert_eq!(History::of(&story.state, None).possibly_out_of_sight(1), None);
+}
+
+#[test]
 fn a_removed_object_does_not_come_back_with_a_node_that_was_away() {
     let mut story = Story::begin();
     story.dies(C);

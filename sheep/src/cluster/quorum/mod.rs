@@ -137,6 +137,8 @@ struct Inner {
     proposals: proposals::Proposals,
     /// While an order is begun here, nobody's votes on an earlier one are answered.
     beginning: AtomicBool,
+    /// The latest era that this process has heard of: no part is taken in the votes of an earlier one.
+    latest_era: Mutex<Option<charter::Era>>,
     /// The highest number of an era that this process tried to begin.
     era_begun: AtomicU32,
     leaving: AtomicBool,
@@ -270,6 +272,7 @@ impl Quorum {
             linked: Mutex::new(BTreeMap::new()),
             proposals: proposals::Proposals::default(),
             beginning: AtomicBool::new(false),
+            latest_era: Mutex::new(None),
             era_begun: AtomicU32::new(0),
             leaving: AtomicBool::new(false),
             fatal: watch::channel(None).0,
@@ -478,6 +481,9 @@ impl Quorum {
     /// This node's part in the votes of an era; begins one if there is none.
     async fn open_log(&self, charter: Charter) -> Result<Arc<Voting>, OrderError> {
         let _turn = self.inner.opening.lock().await;
+        if self.is_over(charter) {
+            return Err(OrderError::Unavailable("an operator went on without the majority: following".to_string()));
+        }
         if let Some(consensus) = self.consensus() {
             if consensus.charter() == charter {
                 return Ok(consensus);
@@ -515,12 +521,23 @@ impl Quorum {
         }
     }
 
+    /// Whether a later era was begun, as far as this process has heard.
+    fn is_over(&self, charter: Charter) -> bool {
+        *lock(&self.inner.latest_era) > Some(charter.era)
+    }
+
     /// A later era was begun: this node's part in the earlier one is over.
     async fn yield_to(&self, charter: Charter) {
         let Some(ours) = self.charter() else { return };
         if charter.cluster != ours.cluster || charter.era <= ours.era {
             return;
         }
+        {
+            let mut latest = lock(&self.inner.latest_era);
+            *latest = (*latest).max(Some(charter.era));
+        }
+        // Whoever opens it at this moment is done, or comes too late.
+        let _turn = self.inner.opening.lock().await;
         let earlier = lock(&self.inner.consensus).take_if(|consensus| consensus.charter() == ours);
         if let Some(earlier) = earlier {
             tracing::warn!("an operator went on without the majority (era {}): following", charter.era.number);

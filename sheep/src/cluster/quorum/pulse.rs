@@ -67,7 +67,10 @@ impl Quorum {
         let Some(charter) = self.charter() else { return };
         if let Some(consensus) = self.leading() {
             self.beat_for_oneself(&consensus);
-            return;
+            if consensus.quorum_age().is_some_and(|age| age < WORRY) {
+                return;
+            }
+            // Nobody follows any more. An operator may have begun another era elsewhere, which only the others can tell.
         }
         let now = self.now();
         let voted = self.consensus().map(|consensus| (consensus.term(), consensus.leader()));
@@ -278,7 +281,7 @@ impl Quorum {
             let mut stewardship = lock(&self.inner.stewardship);
             pong.duplicate = stewardship.is_duplicate(ping.node, ping.boot);
             // Noted before the lease is given: an eviction counts from here at the earliest.
-            let counted = stewardship.heard(consensus.term(), now, &ping, is_member);
+            let counted = stewardship.heard(consensus.reign(), now, &ping, is_member);
             pong.lease_age_us =
                 consensus.quorum_age().filter(|_| counted || !is_member).map(|age| age.as_micros() as u64);
         }

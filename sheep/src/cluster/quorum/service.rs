@@ -69,7 +69,7 @@ impl Quorum {
         if self.inner.beginning.load(Ordering::Acquire) {
             return Vec::new();
         }
-        let Some(charter) = self.charter() else { return Vec::new() };
+        let Some(charter) = self.charter().filter(|charter| !self.is_over(*charter)) else { return Vec::new() };
         match self.open_log_of(charter).await {
             Ok(consensus) => consensus.handle(message.into()).await,
             Err(error) => {

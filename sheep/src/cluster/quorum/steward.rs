@@ -39,10 +39,19 @@ struct Heard {
     applied: u64,
 }
 
+/// One term of one order: each era of the order counts its terms from the beginning.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Reign {
+    /// Of the order.
+    pub order: u64,
+    /// Of its leader.
+    pub term: u64,
+}
+
 /// What the leader of one term knows.
 #[derive(Default)]
 pub struct Stewardship {
-    term: u64,
+    reign: Reign,
     since: Duration,
     /// Whether everything that leaders before may have ordered is known here: an eviction among it must not meet a new lease.
     ready: bool,
@@ -76,16 +85,16 @@ enum Condition {
 }
 
 impl Stewardship {
-    fn begin_if_new(&mut self, term: u64, now: Duration) {
-        if self.term != term {
+    fn begin_if_new(&mut self, reign: Reign, now: Duration) {
+        if self.reign != reign {
             let examining = std::mem::take(&mut self.examining);
-            *self = Stewardship { term, since: now, examining, ..Stewardship::default() };
+            *self = Stewardship { reign, since: now, examining, ..Stewardship::default() };
         }
     }
 
     /// Notes a ping; gives whether its sender may have a lease.
-    pub fn heard(&mut self, term: u64, now: Duration, ping: &Ping, is_member: bool) -> bool {
-        self.begin_if_new(term, now);
+    pub fn heard(&mut self, reign: Reign, now: Duration, ping: &Ping, is_member: bool) -> bool {
+        self.begin_if_new(reign, now);
         let counted = is_member && !self.lags(now, ping.applied) && self.counts(ping.node);
         if is_member {
             self.contested.remove(&ping.node);
@@ -260,7 +269,7 @@ impl Quorum {
             let Some(consensus) = self.leading() else { continue };
             {
                 let mut stewardship = lock(&self.inner.stewardship);
-                stewardship.begin_if_new(consensus.term(), self.now());
+                stewardship.begin_if_new(consensus.reign(), self.now());
                 stewardship.note_pace(self.now(), self.index());
             }
             // A leader that nobody follows any more would only wait for its own proposals.
@@ -333,11 +342,11 @@ impl Quorum {
         if lock(&self.inner.stewardship).ready {
             return true;
         }
-        let (Some(charter), term) = (self.charter(), consensus.term()) else { return false };
+        let (Some(charter), reign) = (self.charter(), consensus.reign()) else { return false };
         let Ok(index) = consensus.read_index(ORDER_PATIENCE).await else { return false };
         self.await_index_for(charter, index, ORDER_PATIENCE).await;
         let mut stewardship = lock(&self.inner.stewardship);
-        stewardship.ready = stewardship.term == term && consensus.term() == term && self.index() >= index;
+        stewardship.ready = stewardship.reign == reign && consensus.reign() == reign && self.index() >= index;
         stewardship.ready
     }
 
@@ -465,15 +474,19 @@ mod tests {
         Ping { node: NodeId(node), boot, applied: 0, unreachable, relay: false }
     }
 
+    fn reign(term: u64) -> Reign {
+        Reign { order: 7, term }
+    }
+
     fn leader(term: u64, now: u64) -> Stewardship {
         let mut stewardship = Stewardship::default();
-        stewardship.begin_if_new(term, at(now));
+        stewardship.begin_if_new(reign(term), at(now));
         stewardship.ready = true;
         stewardship
     }
 
     fn hear(stewardship: &mut Stewardship, now: u64, node: u64) {
-        assert!(stewardship.heard(1, at(now), &ping(node, node + 10, &[]), true));
+        assert!(stewardship.heard(reign(1), at(now), &ping(node, node + 10, &[]), true));
     }
 
     #[test]
@@ -516,9 +529,12 @@ mod tests {
         let mut stewardship = leader(1, 0);
         assert_eq!(stewardship.gone(&state, OWN, at(3000)), [NodeId(2)]);
         // The leader before may have answered until a moment ago.
-        stewardship.begin_if_new(2, at(3000));
+        stewardship.begin_if_new(reign(2), at(3000));
         assert!(stewardship.gone(&state, OWN, at(5900)).is_empty());
         assert_eq!(stewardship.gone(&state, OWN, at(6000)), [NodeId(2)]);
+        // Nor does a term of another era's order go on where one of the same number ended.
+        stewardship.begin_if_new(Reign { order: 8, term: 2 }, at(6000));
+        assert!(stewardship.gone(&state, OWN, at(8900)).is_empty());
     }
 
     #[test]
@@ -534,7 +550,7 @@ mod tests {
         let mut stewardship = leader(1, 0);
         hear(&mut stewardship, 0, 2);
         stewardship.condemn(NodeId(2), at(100));
-        assert!(!stewardship.heard(1, at(200), &ping(2, 12, &[]), true));
+        assert!(!stewardship.heard(reign(1), at(200), &ping(2, 12, &[]), true));
         assert!(stewardship.gone(&state, OWN, at(3000)).is_empty());
         assert_eq!(stewardship.gone(&state, OWN, at(3100)), [NodeId(2)]);
     }
@@ -544,24 +560,24 @@ mod tests {
         let state = state(2);
         let mut stewardship = leader(1, 0);
         stewardship.note_pace(at(0), 50);
-        assert!(stewardship.heard(1, at(500), &ping(2, 12, &[]), true), "not a second yet");
+        assert!(stewardship.heard(reign(1), at(500), &ping(2, 12, &[]), true), "not a second yet");
         stewardship.note_pace(at(1000), 60);
-        assert!(!stewardship.heard(1, at(1000), &ping(2, 12, &[]), true));
-        assert!(stewardship.heard(1, at(1100), &Ping { applied: 50, ..ping(2, 12, &[]) }, true));
+        assert!(!stewardship.heard(reign(1), at(1000), &ping(2, 12, &[]), true));
+        assert!(stewardship.heard(reign(1), at(1100), &Ping { applied: 50, ..ping(2, 12, &[]) }, true));
         stewardship.note_pace(at(2000), 60);
-        assert!(!stewardship.heard(1, at(2000), &Ping { applied: 59, ..ping(2, 12, &[]) }, true));
+        assert!(!stewardship.heard(reign(1), at(2000), &Ping { applied: 59, ..ping(2, 12, &[]) }, true));
         assert!(stewardship.gone(&state, OWN, at(4900)).is_empty());
     }
 
     #[test]
     fn no_lease_before_the_leader_knows_all_and_none_for_those_being_evicted() {
         let mut stewardship = Stewardship::default();
-        stewardship.begin_if_new(1, at(0));
-        assert!(!stewardship.heard(1, at(100), &ping(2, 12, &[]), true), "an eviction may be on its way");
+        stewardship.begin_if_new(reign(1), at(0));
+        assert!(!stewardship.heard(reign(1), at(100), &ping(2, 12, &[]), true), "an eviction may be on its way");
         stewardship.ready = true;
         hear(&mut stewardship, 200, 2);
         stewardship.evicting.insert(NodeId(2));
-        assert!(!stewardship.heard(1, at(300), &ping(2, 12, &[]), true));
+        assert!(!stewardship.heard(reign(1), at(300), &ping(2, 12, &[]), true));
     }
 
     #[test]
@@ -570,7 +586,7 @@ mod tests {
         let mut stewardship = leader(1, 0);
         let judge = |stewardship: &mut Stewardship, now: u64| {
             for (node, unreachable) in [(2, &[3, 4][..]), (3, &[2]), (4, &[2])] {
-                stewardship.heard(1, at(now), &ping(node, node + 10, unreachable), true);
+                stewardship.heard(reign(1), at(now), &ping(node, node + 10, unreachable), true);
             }
             stewardship.judge_links(&state, NodeId(1), &[], at(now))
         };
@@ -590,7 +606,7 @@ mod tests {
         let state = state(2);
         let mut stewardship = leader(1, 0);
         hear(&mut stewardship, 0, 2);
-        assert!(!stewardship.heard(1, at(100), &ping(2, 77, &[]), false));
+        assert!(!stewardship.heard(reign(1), at(100), &ping(2, 77, &[]), false));
         assert_eq!(stewardship.contests(&state), [(NodeId(2), 12, 77)]);
         stewardship.note_duplicate(NodeId(2), 77);
         assert!(stewardship.is_duplicate(NodeId(2), 77) && !stewardship.is_duplicate(NodeId(2), 12));

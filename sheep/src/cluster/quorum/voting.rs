@@ -7,6 +7,7 @@ use std::time::Duration;
 use sheep_core::member::NodeId;
 
 use super::charter::Charter;
+use super::steward::Reign;
 use crate::cluster::consensus::{Consensus, Entry, Machine, ProposeError, Published, Role};
 
 /// Between attempts of a node that is about to lead.
@@ -46,6 +47,11 @@ impl Voting {
 
     pub fn term(&self) -> u64 {
         self.consensus.status().term
+    }
+
+    /// The present term of this order.
+    pub fn reign(&self) -> Reign {
+        Reign { order: self.charter.order_id(), term: self.term() }
     }
 
     pub fn voters(&self) -> BTreeSet<NodeId> {
