@@ -11,7 +11,7 @@ use sheep_core::command::{Command, Outcome};
 use sheep_core::member::NodeId;
 
 use super::messages::{Found, Ping};
-use super::voting::Voting;
+use super::voting::{Reign, Voting};
 use super::{EVICT, FENCE, Quorum, lock};
 
 /// How often the leader looks.
@@ -37,15 +37,6 @@ struct Heard {
     at: Duration,
     unreachable: Vec<NodeId>,
     applied: u64,
-}
-
-/// One term of one order: each era of the order counts its terms from the beginning.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
-pub struct Reign {
-    /// Of the order.
-    pub order: u64,
-    /// Of its leader.
-    pub term: u64,
 }
 
 /// What the leader of one term knows.

@@ -7,11 +7,19 @@ use std::time::Duration;
 use sheep_core::member::NodeId;
 
 use super::charter::Charter;
-use super::steward::Reign;
 use crate::cluster::consensus::{Consensus, Entry, Machine, ProposeError, Published, Role};
 
 /// Between attempts of a node that is about to lead.
 const LEAD_INTERVAL: Duration = Duration::from_millis(20);
+
+/// One term of one order: each era of the order counts its terms from the beginning.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Reign {
+    /// Of the order.
+    pub order: u64,
+    /// Of its leader.
+    pub term: u64,
+}
 
 /// See the module.
 pub struct Voting {
