@@ -66,11 +66,15 @@ impl Quorum {
         }
         let ours = self.charter().map(|charter| charter.cluster);
         if ours.is_some() {
-            // A member that moved to other addresses is followed there, unless it still answers where it was.
+            // A member that moved to other addresses is followed there, unless it still answers where it was. One that is let in
+            // may be all that a node finds again whose state is older than the members it has.
             let answers = self.mesh().links().iter().any(|link| link.node == peer.node && link.up);
-            let moved =
-                !answers && peer.standing != Standing::Stranger && lock(&self.inner.linked).contains_key(&peer.node);
-            if moved && !peer.addresses.is_empty() {
+            let is_ours = match peer.standing {
+                Standing::Stranger => false,
+                Standing::Member => true,
+                Standing::Keyholder => lock(&self.inner.linked).contains_key(&peer.node),
+            };
+            if is_ours && !answers && !peer.addresses.is_empty() {
                 self.mesh().know(peer.node, peer.addresses.clone());
             }
             return;
