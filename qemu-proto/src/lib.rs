@@ -22,3 +22,4 @@ pub mod stat;
 pub mod status;
 #[cfg(test)]
 mod test_bytes;
+pub mod vdi_summary;

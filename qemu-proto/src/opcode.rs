@@ -151,6 +151,8 @@ opcodes! {
     LocateObject = 0xE3 "LOCATE_OBJECT",
     /// Ours: makes a further snapshot of a volume out of an older one, beside the working VDI.
     RestoreVdi = 0xE4 "RESTORE_VDI",
+    /// Ours: header and object counts of many VDIs, from an id on.
+    DescribeVdis = 0xE5 "DESCRIBE_VDIS",
 }
 
 impl Opcode {

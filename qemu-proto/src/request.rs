@@ -255,7 +255,14 @@ impl RequestBody {
                 offset: u64_at(bytes, 24),
             }),
             Some(
-                O::NewVdi | O::LockVdi | O::ReleaseVdi | O::GetVdiInfo | O::DelVdi | O::GetVdiAttr | O::RestoreVdi,
+                O::NewVdi
+                | O::LockVdi
+                | O::ReleaseVdi
+                | O::GetVdiInfo
+                | O::DelVdi
+                | O::GetVdiAttr
+                | O::RestoreVdi
+                | O::DescribeVdis,
             ) => RequestBody::Vdi(VdiRequest {
                 vdi_size: u64_at(bytes, 0),
                 base_vdi_id: u32_at(bytes, 8),

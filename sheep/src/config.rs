@@ -8,6 +8,7 @@ use std::path::PathBuf;
 
 use clap::{Arg, ArgAction, Command};
 use qemu_proto::stat::LOG_LEVELS;
+use sheep_core::level::Level;
 use sheep_core::units::parse_size;
 
 use crate::cluster::quorum::token::Token;
@@ -105,6 +106,8 @@ pub struct Config {
     pub log_dir: Option<PathBuf>,
     /// The least important messages that are logged.
     pub log_level: LogLevel,
+    /// The last one that this process understands.
+    pub level: Level,
 }
 
 /// What the command line leads to.
@@ -181,6 +184,8 @@ fn definition() -> Command {
             "serve NBD here too, without authentication; `none`: only on nbd.sock in the store directory \
                  [default: 127.0.0.1:10809 if that is free]",
         ))
+        // For trying out an update: behaves as an earlier version to the others.
+        .arg(Arg::new("level").long("level").value_name("LEVEL").action(ArgAction::Set).hide(true))
         .arg(
             Arg::new("nbd-tls").long("nbd-tls").value_name("DIRECTORY").action(ArgAction::Set).help(
                 "NBD over TCP only with TLS and clients' certificates: ca-cert.pem, server-cert.pem, server-key.pem",
@@ -268,6 +273,7 @@ pub fn parse(arguments: &[String]) -> Result<Parsed, Usage> {
         log_destination: log.destination,
         log_dir: log.dir,
         log_level: log.level,
+        level: text("level").map_or(Ok(Level::OURS), parse_understood)?,
     })))
 }
 
@@ -404,6 +410,13 @@ fn parse_my_address(text: &str) -> Result<IpAddr, Usage> {
 
 fn parse_zone(text: &str) -> Result<u32, Usage> {
     text.parse().map_err(|_| Usage(format!("Invalid zone id '{text}': must be an integer between 0 and {}", u32::MAX)))
+}
+
+fn parse_understood(text: &str) -> Result<Level, Usage> {
+    let levels = Level::FIRST..=Level::OURS;
+    text.parse().ok().map(Level).filter(|level| levels.contains(level)).ok_or_else(|| {
+        Usage(format!("--level '{text}': this version knows levels {} to {}", Level::FIRST, Level::OURS))
+    })
 }
 
 /// The last four bytes of the address, as the ancestor took them.

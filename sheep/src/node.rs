@@ -31,8 +31,6 @@ const NBD_SOCKET: &str = "nbd.sock";
 /// Space that clients' writes leave free, so that recovery can bring whole objects in: a hundredth of the disk, but no more
 /// than this.
 const RESERVE_BYTES_MAX: u64 = 4 << 30;
-/// Weight of a member whose disk says nothing of its size: any positive value takes its share.
-const WEIGHT_MIN: u64 = 1 << 20;
 /// How long a stop may take to put leases in order and flush before it is done without.
 const STOP_PATIENCE: std::time::Duration = std::time::Duration::from_secs(30);
 
@@ -167,7 +165,7 @@ impl Node {
             for lease in self.data.leases().all() {
                 lease_table::give_back(&self.data, lease.vdi).await;
             }
-            if !shutting_down && flush::flush(&self.data).await.is_err() {
+            if !shutting_down && flush::flush(&self.data, None).await.is_err() {
                 tracing::warn!("leaving although not everything could be flushed");
             }
         };
@@ -411,6 +409,7 @@ fn describe(world: &World, config: &Config, store: &Store, own: IpAddr) -> Membe
         peer_endpoint: String::new(),
         boot: world.rng.next_u64(),
         zone: config.zone.unwrap_or_else(|| default_zone(own)),
-        weight: if config.gateway { 0 } else { store.space().total_bytes.max(WEIGHT_MIN) },
+        weight: if config.gateway { 0 } else { crate::data::shares::weight_of(store) },
+        level: config.level,
     }
 }

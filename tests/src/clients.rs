@@ -46,6 +46,7 @@ pub mod opcode {
     pub const GET_CLUSTER_DEFAULT: u8 = 0x18;
     pub const GET_NODE_LIST: u8 = 0x82;
     pub const MAKE_FS: u8 = 0x84;
+    pub const SHUTDOWN: u8 = 0x85;
     pub const STAT_SHEEP: u8 = 0x86;
     pub const STAT_CLUSTER: u8 = 0x87;
     pub const STAT_RECOVERY: u8 = 0x97;

@@ -11,6 +11,7 @@
 //! A flock that is dropped without `finish` belongs to a failed test: the tails of its logs go to standard error.
 
 use std::fs;
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
@@ -176,6 +177,11 @@ impl Flock {
         self.log_level = None;
     }
 
+    /// Where the store of node `index` lies, which was never started.
+    pub fn place(&mut self, index: usize, store: PathBuf) {
+        self.nodes[index].store = store;
+    }
+
     /// What node `index` is started with besides its directory, from its next start on.
     pub fn set_arguments(&mut self, index: usize, arguments: &[&str]) {
         self.nodes[index].extra = arguments.iter().map(|&word| word.to_owned()).collect();
@@ -215,6 +221,12 @@ impl Flock {
     pub fn log(&self, index: usize) -> String {
         let read = |path: &Path| String::from_utf8_lossy(&fs::read(path).unwrap_or_default()).into_owned();
         read(&self.nodes[index].store.join("sheep.log")) + &read(&self.nodes[index].stderr)
+    }
+
+    /// What node `index` said last on its standard error: why it ended, if it did.
+    pub fn last_words(&self, index: usize) -> String {
+        let said = fs::read(&self.nodes[index].stderr).unwrap_or_default();
+        String::from_utf8_lossy(&said).lines().last().unwrap_or_default().to_owned()
     }
 
     /// The warnings and errors in the log of node `index` that name any of these words.
@@ -268,6 +280,8 @@ impl Flock {
         }
         command.args(arguments).arg(&node.store);
         command.stdin(Stdio::null()).stdout(stderr.try_clone()?).stderr(stderr);
+        // What is typed at the terminal concerns the test, which ends its nodes itself.
+        command.process_group(0);
         let child = command.spawn().with_context(|| format!("cannot start {}", self.sheep.display()))?;
         self.nodes[index].child = Some(child);
         Ok(())
@@ -439,6 +453,18 @@ impl Flock {
         Ok(answer.success("state of the recovery")?.data.first() != Some(&0))
     }
 
+    /// Whether every node answers, sees all of them as members, and fetches nothing.
+    pub fn is_whole(&self) -> Result<bool> {
+        for index in 0..self.count() {
+            let mut client = self.client(index)?;
+            client.set_deadline(QUESTION_DEADLINE)?;
+            if client.node_count()? != self.count() || self.is_recovering(index)? {
+                return Ok(false);
+            }
+        }
+        Ok(true)
+    }
+
     /// Waits until no running node recovers, seen several times in a row: between two steps of a recovery there may be a
     /// gap.
     pub fn wait_recovered(&self) -> Result<()> {
@@ -469,13 +495,16 @@ impl Flock {
                 return Ok(());
             }
             if started.elapsed() > deadline {
-                let views: Vec<String> =
-                    self.running().iter().map(|index| format!("node {index}: {}", self.view(*index))).collect();
                 let error = found.err().map(|error| format!("; last: {error:#}")).unwrap_or_default();
-                bail!("waited {deadline:.0?} for {what}, in vain{error}\n{}", views.join("\n"));
+                bail!("waited {deadline:.0?} for {what}, in vain{error}\n{}", self.views().join("\n"));
             }
             std::thread::sleep(Duration::from_millis(50));
         }
+    }
+
+    /// What every running node thinks of the cluster, for messages.
+    pub fn views(&self) -> Vec<String> {
+        self.running().iter().map(|index| format!("node {index}: {}", self.view(*index))).collect()
     }
 
     /// What a node thinks of the cluster, for messages.
@@ -526,6 +555,11 @@ impl Flock {
         self.wait_exit(index)
     }
 
+    /// Asks node `index` to leave and does not wait.
+    pub fn ask_to_leave(&self, index: usize) -> Result<()> {
+        self.signal(index, Signal::TERM)
+    }
+
     /// Waits until node `index` has ended by itself and gives its exit code.
     pub fn wait_exit(&mut self, index: usize) -> Result<Option<i32>> {
         let started = Instant::now();
@@ -567,6 +601,11 @@ impl Flock {
             }
         }
         Ok(())
+    }
+
+    /// The end of a test whose failures are told in another way: ends all nodes, paused ones too.
+    pub fn end(mut self) {
+        self.finished = true;
     }
 
     /// The end of a test that passed: checks the health of all nodes, then ends them.

@@ -15,7 +15,7 @@
 //! | [`flock`] | real `sheep` processes on such hosts |
 //! | [`workload`] | readers and writers through many nodes at once, recorded |
 //! | [`linear`] | whether one history explains such a record |
-//! | [`sim`] | disks that lose power, a clock that jumps, randomness from one seed |
+//! | [`sim`] | a whole cluster on one thread: its disks, network, clocks and guests, from one seed |
 //! | [`golden`] | stored outputs |
 //! | [`source_scan`] | our own source text, for the tidy suite |
 

@@ -37,6 +37,14 @@ pub enum Action {
     ReadTorn([u64; SECTORS_PER_BLOCK]),
 }
 
+impl Action {
+    /// Found these in a block's sectors.
+    pub fn read(values: [u64; SECTORS_PER_BLOCK]) -> Action {
+        let is_whole = values.iter().all(|&value| value == values[0]);
+        if is_whole { Action::Read(values[0]) } else { Action::ReadTorn(values) }
+    }
+}
+
 /// One operation on one block.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Operation {

@@ -266,6 +266,12 @@ impl Network {
         self.apply()
     }
 
+    /// Nothing passes from the first to the second host of each of these pairs; what was cut besides passes again.
+    pub fn set_cuts(&mut self, cuts: BTreeSet<(usize, usize)>) -> Result<()> {
+        self.cuts = cuts;
+        self.apply()
+    }
+
     /// So many of a hundred packets are lost, at random, each by itself.
     pub fn lose(&mut self, percent: u32) -> Result<()> {
         self.loss_percent = percent;

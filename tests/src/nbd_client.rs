@@ -50,6 +50,8 @@ pub struct Answer {
     pub cookie: u64,
     /// 0 if it went well.
     pub error: u32,
+    /// What the server says about an error.
+    pub text: String,
     /// What a read gave, by offset: bytes, or as many zeros.
     pub data: Vec<(u64, Vec<u8>)>,
     /// What a status gave, by context: lengths and states.
@@ -228,6 +230,7 @@ impl NbdClient {
                 }
                 _ if kind >> 15 == 1 => {
                     answer.error = u32::from_be_bytes(body.get(..4).context("a short error")?.try_into()?);
+                    answer.text = String::from_utf8_lossy(body.get(6..).unwrap_or_default()).into_owned();
                 }
                 _ => bail!("a chunk of unknown kind {kind}"),
             }
@@ -243,7 +246,7 @@ impl NbdClient {
         let error = u32::from_be_bytes(header[4..8].try_into()?);
         let cookie = u64::from_be_bytes(header[8..16].try_into()?);
         let data = if error == 0 { self.take(data_bytes)? } else { Vec::new() };
-        Ok(Answer { cookie, error, data: vec![(0, data)], extents: Vec::new() })
+        Ok(Answer { cookie, error, data: vec![(0, data)], ..Answer::default() })
     }
 
     /// One request and its answer, with nothing else under way. The error number, if it failed, is in the answer.
@@ -266,7 +269,8 @@ impl NbdClient {
     /// As `call`; fails if the request did.
     pub fn must(&mut self, kind: u16, flags: u16, offset: u64, length: u64, payload: &[u8]) -> Result<Answer> {
         let answer = self.call(kind, flags, offset, length, payload)?;
-        ensure!(answer.error == 0, "request {kind} at {offset}+{length} failed with error {}", answer.error);
+        let (error, text) = (answer.error, &answer.text);
+        ensure!(error == 0, "request {kind} at {offset}+{length} failed with error {error}: {text}");
         Ok(answer)
     }
 

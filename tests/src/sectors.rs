@@ -64,6 +64,16 @@ pub fn sector_sequence(sector: &[u8], volume: u64, sector_index: u64) -> Result<
     Ok(sequence)
 }
 
+/// Which writes the sectors of a block come from; an error for anything that no write produced.
+pub fn block_sequences(block: &[u8], volume: u64, block_index: u64) -> Result<[u64; SECTORS_PER_BLOCK]> {
+    ensure!(block.len() == BLOCK_BYTES, "not a block: {} bytes", block.len());
+    let mut sequences = [0; SECTORS_PER_BLOCK];
+    for (index, sector) in block.chunks_exact(SECTOR_BYTES).enumerate() {
+        sequences[index] = sector_sequence(sector, volume, block_index * SECTORS_PER_BLOCK as u64 + index as u64)?;
+    }
+    Ok(sequences)
+}
+
 /// Makes an image of `size_bytes` (a multiple of 1 MiB) at `path`: about a third data, the rest holes of many lengths.
 pub fn sparse_image(path: &Path, size_bytes: u64, seed: u64) -> Result<()> {
     const STEP_BYTES: u64 = 1 << 20;

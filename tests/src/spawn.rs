@@ -10,9 +10,12 @@
 
 use std::fs;
 use std::net::TcpListener;
+use std::os::linux::net::SocketAddrExt;
+use std::os::unix::net::{SocketAddr, UnixListener};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicU16, Ordering};
+use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
@@ -34,14 +37,22 @@ const PORT_FIRST: u16 = 3000;
 const PORT_COUNT: u16 = 7000;
 static PORT_NEXT: AtomicU16 = AtomicU16::new(0);
 
-/// A port of 127.0.0.1 that nobody listens on. Others may take it before the caller does: retry then.
+/// One socket for each port that this program was given, so that no other test program is given it while its node is down.
+static PORTS_HELD: Mutex<Vec<UnixListener>> = Mutex::new(Vec::new());
+
+/// A port of 127.0.0.1 that nobody listens on, and that no other test program is given before this one ends. What is no test may
+/// take it before the caller does: retry then.
 pub fn free_port() -> Result<u16> {
     // Test programs that run at the same time start at different places.
     let offset = (std::process::id() as u16).wrapping_mul(97);
     for _ in 0..PORT_COUNT {
         let step = PORT_NEXT.fetch_add(1, Ordering::Relaxed);
         let port = PORT_FIRST + offset.wrapping_add(step) % PORT_COUNT;
+        // A name that is gone with this process, whatever becomes of it.
+        let name = SocketAddr::from_abstract_name(format!("sheep-test-port-{port}"))?;
+        let Ok(held) = UnixListener::bind_addr(&name) else { continue };
         if TcpListener::bind(("127.0.0.1", port)).is_ok() {
+            PORTS_HELD.lock().unwrap_or_else(PoisonError::into_inner).push(held);
             return Ok(port);
         }
     }
@@ -71,6 +82,7 @@ pub fn binary(name: &str) -> Result<PathBuf> {
 /// What a cluster is made of; see [`ClusterPlan::start`].
 pub struct ClusterPlan {
     nodes: Vec<NodePlan>,
+    is_voting: bool,
 }
 
 #[derive(Clone, Default)]
@@ -82,7 +94,15 @@ struct NodePlan {
 impl ClusterPlan {
     /// `count` nodes in zones 1, 2, 3, ...
     pub fn new(count: usize) -> ClusterPlan {
-        ClusterPlan { nodes: vec![NodePlan::default(); count] }
+        ClusterPlan { nodes: vec![NodePlan::default(); count], is_voting: false }
+    }
+
+    /// With the default driver instead of `local`. Other clusters on the machine's loopback would be found: for a network
+    /// namespace.
+    #[must_use]
+    pub fn voting(mut self) -> ClusterPlan {
+        self.is_voting = true;
+        self
     }
 
     /// Gives node `index` further arguments.
@@ -109,6 +129,7 @@ impl ClusterPlan {
             dog: binary("dog")?,
             setpriv: command::find_program("setpriv"),
             nodes: Vec::new(),
+            is_voting: self.is_voting,
             driver,
             scratch,
             finished: false,
@@ -119,13 +140,18 @@ impl ClusterPlan {
                 stderr: cluster.scratch.path().join(format!("n{}.stderr", index + 1)),
                 store,
                 port: free_port()?,
+                peer_port: free_port()?,
                 zone: index as u32 + 1,
                 extra: plan.extra,
                 child: None,
             });
             cluster.start_new(index)?;
         }
-        cluster.wait_members(cluster.nodes.len())?;
+        if self.is_voting {
+            cluster.wait_acquainted()?;
+        } else {
+            cluster.wait_members(cluster.nodes.len())?;
+        }
         Ok(cluster)
     }
 
@@ -133,6 +159,7 @@ impl ClusterPlan {
     pub fn start_formatted(self, copies: u32) -> Result<Cluster> {
         let cluster = self.start()?;
         cluster.dog(&["cluster", "format", "-c", &copies.to_string()])?.ok()?;
+        cluster.wait_members(cluster.nodes.len())?;
         Ok(cluster)
     }
 }
@@ -143,6 +170,8 @@ pub struct Node {
     pub store: PathBuf,
     /// The TCP port on 127.0.0.1.
     pub port: u16,
+    /// That for other nodes, with the default driver.
+    peer_port: u16,
     /// The failure zone.
     pub zone: u32,
     extra: Vec<String>,
@@ -174,6 +203,7 @@ pub struct Cluster {
     dog: PathBuf,
     setpriv: Option<PathBuf>,
     nodes: Vec<Node>,
+    is_voting: bool,
     driver: PathBuf,
     scratch: TempDir,
     finished: bool,
@@ -245,7 +275,13 @@ impl Cluster {
         let mut words = vec!["-f".to_owned(), "-p".to_owned(), node.port.to_string()];
         words.extend(["-b", "127.0.0.1", "-y", "127.0.0.1", "-z"].map(str::to_owned));
         words.push(node.zone.to_string());
-        words.extend(["-c".to_owned(), self.driver_argument(), "-j".to_owned(), "size=64M".to_owned()]);
+        words.extend(["-j", "size=64M"].map(str::to_owned));
+        if self.is_voting {
+            words.extend(["-i".to_owned(), format!("host=127.0.0.1,port={}", node.peer_port)]);
+            words.extend(["--join".to_owned(), format!("127.0.0.1:{}", self.nodes[0].peer_port)]);
+        } else {
+            words.extend(["-c".to_owned(), self.driver_argument()]);
+        }
         // The conventional port is the machine's, not a test's.
         words.extend(["--nbd", "none"].map(str::to_owned));
         words.extend(node.extra.iter().cloned());
@@ -307,6 +343,19 @@ impl Cluster {
             ensure!(started.elapsed() < START_DEADLINE, "node {index} does not serve\n{}", node.log());
             std::thread::sleep(Duration::from_millis(10));
         }
+    }
+
+    /// Waits until every node lists all of them, which are not in a cluster yet.
+    fn wait_acquainted(&self) -> Result<()> {
+        let count = self.nodes.len();
+        self.wait_until(&format!("{count} nodes listed everywhere"), START_DEADLINE, |cluster| {
+            let lists = |index: usize| -> Result<bool> {
+                let said = cluster.dog_through(index, &["node", "list", "--json"], &[])?.ok()?;
+                let listed: serde_json::Value = serde_json::from_slice(&said.stdout)?;
+                Ok(listed.get("nodes").unwrap_or(&listed).as_array().is_some_and(|nodes| nodes.len() == count))
+            };
+            (0..count).try_fold(true, |all, index| Ok(all && lists(index)?))
+        })
     }
 
     /// Waits until every running node sees exactly `count` members.

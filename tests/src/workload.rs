@@ -21,7 +21,7 @@ use qemu_proto::oid::{Oid, VdiId};
 
 use crate::clients::{Client, MAP_OFFSET, Refused, Request, flag, opcode, result};
 use crate::linear::{Action, Operation, Verdict, check};
-use crate::sectors::{BLOCK_BYTES, SECTOR_BYTES, SECTORS_PER_BLOCK, block_content, sector_sequence};
+use crate::sectors::{BLOCK_BYTES, block_content, block_sequences};
 use crate::sim::Random;
 
 /// Blocks that share an object: enough objects then that every node holds some.
@@ -89,13 +89,8 @@ impl Disk {
     pub fn read(self, client: &mut Client, block: u32) -> Result<Action> {
         let (oid, offset) = self.place(block);
         let bytes = client.read_object(oid, offset, BLOCK_BYTES as u32)?;
-        let mut values = [0; SECTORS_PER_BLOCK];
-        for (index, sector) in bytes.chunks_exact(SECTOR_BYTES).enumerate() {
-            let place = u64::from(block) * SECTORS_PER_BLOCK as u64 + index as u64;
-            values[index] = sector_sequence(sector, self.salt(), place).map_err(|error| anyhow!(Foreign(error)))?;
-        }
-        let is_whole = values.iter().all(|&value| value == values[0]);
-        Ok(if is_whole { Action::Read(values[0]) } else { Action::ReadTorn(values) })
+        let values = block_sequences(&bytes, self.salt(), block.into()).map_err(|error| anyhow!(Foreign(error)))?;
+        Ok(Action::read(values))
     }
 }
 

@@ -104,10 +104,11 @@ fn read_back(flock: &Flock, record: &Record, nodes: &[usize]) -> Result<()> {
 // ---- the harness itself ----
 
 /// Sends UDP from one host to another and counts what arrives.
-fn arrived(network: &Network, from: usize, to: usize, count: usize) -> Result<usize> {
+/// How many of some datagrams come through, each within `patience` of the one before.
+fn arrived(network: &Network, from: usize, to: usize, count: usize, patience: Duration) -> Result<usize> {
     let address = SocketAddr::from((network.address(to), 9999));
     let receiver = network.inside(to, || Ok(UdpSocket::bind(address)?))?;
-    receiver.set_read_timeout(Some(Duration::from_millis(150)))?;
+    receiver.set_read_timeout(Some(patience))?;
     let sender = network.inside(from, || Ok(UdpSocket::bind("0.0.0.0:0")?))?;
     for _ in 0..count {
         // A host without a carrier says so at once.
@@ -127,7 +128,7 @@ fn the_network_of_the_tests_does_what_it_is_told() -> Result<()> {
         let pairs = (0..9).map(|pair| (pair / 3, pair % 3)).filter(|(from, to)| from != to);
         let mut passing = Vec::new();
         for (from, to) in pairs {
-            if arrived(network, from, to, 1)? == 1 {
+            if arrived(network, from, to, 1, Duration::from_millis(500))? == 1 {
                 passing.push((from, to));
             }
         }
@@ -148,11 +149,11 @@ fn the_network_of_the_tests_does_what_it_is_told() -> Result<()> {
     network.interface_up(2, 0)?;
     ensure!(passes(&network)?.len() == 6, "all hear all again");
     network.lose(50)?;
-    let count = arrived(&network, 0, 1, 200)?;
+    let count = arrived(&network, 0, 1, 200, Duration::from_millis(150))?;
     ensure!((40..160).contains(&count), "of 200 packets {count} arrived at half of them lost");
     network.heal()?;
     let host = network.add_host()?;
-    ensure!(arrived(&network, host, 0, 1)? == 1, "a host that came later");
+    ensure!(arrived(&network, host, 0, 1, LIVELY)? == 1, "a host that came later");
     Ok(())
 }
 
@@ -191,7 +192,7 @@ fn multicast_passes_unless_told_otherwise() -> Result<()> {
     network.drop_multicast(true)?;
     sender.send_to(b"who is there?", group)?;
     ensure!(receiver.recv(&mut buffer).is_err(), "a router does not let it pass");
-    ensure!(arrived(&network, 0, 1, 1)? == 1, "everything else passes");
+    ensure!(arrived(&network, 0, 1, 1, LIVELY)? == 1, "everything else passes");
     Ok(())
 }
 
@@ -202,7 +203,7 @@ fn a_capture_sees_what_passes() -> Result<()> {
     }
     let network = Network::new(2)?;
     let capture = Capture::start(&network, vec![b"hello".to_vec(), b"farewell".to_vec()], Some(9999))?;
-    ensure!(arrived(&network, 0, 1, 10)? == 10, "all arrive");
+    ensure!(arrived(&network, 0, 1, 10, LIVELY)? == 10, "all arrive");
     let captured = capture.finish()?;
     ensure!(captured.hits[0] >= 20 && captured.hits[1] == 0, "in and out of the switch: {captured:?}");
     let payload = captured.kept.first().and_then(|frame| udp_payload_to(frame, 9999));

@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 use qemu_proto::oid::{Oid, VdiId};
 use sheep_core::cluster_state::ClusterState;
 use sheep_core::command::Command;
+use sheep_core::level::Level;
 use sheep_core::member::{Member, NodeId};
 use sheep_core::placement::{Holders, PlacementKey, holders, placement_key};
 use sheep_core::ring::Ring;
@@ -25,7 +26,7 @@ fn member(number: u64, nodes: u64) -> Member {
     // Any numbers far apart.
     let id = NodeId((number + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15));
     let peer_endpoint = format!("10.0.{}.{}:7010,[fd00::{number:x}]:7010", number / 250, number % 250 + 1);
-    Member { id, address, port: 7000, peer_endpoint, boot: 1, zone: zone as u32, weight: 4 << 40 }
+    Member { id, address, port: 7000, peer_endpoint, boot: 1, zone: zone as u32, weight: 4 << 40, level: Level::OURS }
 }
 
 fn key(object: u32) -> PlacementKey {

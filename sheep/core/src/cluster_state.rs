@@ -5,11 +5,12 @@
 //!
 //! Always holds:
 //! 1. `apply` is total and deterministic: any command in any state gives a state and an outcome, the same everywhere.
-//! 2. The epoch goes up by exactly one with every change of members after format, and never otherwise; but by [`ERA_STRIDE`]
-//!    when an operator goes on without the majority.
+//! 2. The epoch goes up by exactly one with every change after format of who holds what (members, weights, numbers of
+//!    copies), and never otherwise; but by [`ERA_STRIDE`] when an operator goes on without the majority.
 //! 3. `epochs` names every epoch from `clean` to the present one; each epoch since may have taken writes.
 //! 4. A VDI's lease generation only goes up; at most one node holds it.
-//! 5. A name has at most one VDI that is neither deleted nor a snapshot nor being restored, and at most one that is being
+//! 5. Every member understands the level of the state.
+//! 6. A name has at most one VDI that is neither deleted nor a snapshot nor being restored, and at most one that is being
 //!    restored.
 
 use alloc::collections::{BTreeMap, BTreeSet};
@@ -20,7 +21,10 @@ use serde::{Deserialize, Serialize};
 
 use crate::admission::{Admission, ClusterKey, Fingerprint};
 use crate::command::{Command, NewVdi, Outcome, Refusal, VdiEdit};
+use crate::copies::Copies;
 use crate::copy_policy::COPIES_MAX;
+use crate::level::{self, Level};
+use crate::limits::Limits;
 use crate::member::{Member, NodeId};
 use crate::ring::{ReferenceWeight, RingMember};
 use crate::stamp::Epoch;
@@ -47,14 +51,16 @@ pub const DEFAULT_COPIES: u8 = 3;
 pub const DEFAULT_OBJECT_SIZE_SHIFT: u8 = 22;
 /// The cluster flag that `dog cluster format -l` sets (protocol.md section 2.4).
 const LOCKS_ENFORCED: u16 = 0x0008;
+/// The cluster flag that `dog cluster format -t` sets.
+const STRICT: u16 = 0x0001;
 /// The map of an inode has this many entries: the largest volume is this many objects.
 pub const OBJECTS_MAX: u64 = 1 << 20;
 
 /// What the operator chose at format.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub struct Settings {
-    /// Copies of a volume that does not say its own.
-    pub copies: u8,
+    /// Copies of a volume that does not say its own, and of attributes.
+    pub copies: Copies,
     /// log2 of the object size of a volume that does not say its own.
     pub object_size_shift: u8,
     /// Cluster flags as on the wire (protocol.md section 2.4).
@@ -140,7 +146,11 @@ pub enum Phase {
 
 /// See the module.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(remote = "Self")]
 pub struct ClusterState {
+    /// What may be ordered; first, so that a version that does not understand the rest reads no further.
+    #[serde(deserialize_with = "level::of_state")]
+    pub level: Level,
     /// Commands applied since the beginning.
     pub applied: u64,
     /// Random, made at format; 0 before.
@@ -185,16 +195,26 @@ pub struct ClusterState {
     /// By name, because a snapshot or a rollback changes the id of a volume but not who has it open. Empty unless the cluster
     /// was formatted to enforce locks.
     pub locks: BTreeMap<Vec<u8>, Lock>,
+    /// The operator wants copies left as they are for the time being, but for those that somebody waits for.
+    pub recovery_held: bool,
+    /// By name: VDIs that were given it later, and are therefore not where their name says. From `Level::VOLUME_CHANGES` on; see
+    /// `state_form`.
+    #[serde(skip)]
+    pub renamed: BTreeMap<Vec<u8>, BTreeSet<u32>>,
+    /// By name: how fast clients may use a volume. As `renamed`.
+    #[serde(skip)]
+    pub limits: BTreeMap<Vec<u8>, Limits>,
 }
 
 impl Default for ClusterState {
     fn default() -> Self {
         ClusterState {
+            level: Level::FIRST,
             applied: 0,
             cluster_id: 0,
             created: 0,
             settings: Settings {
-                copies: DEFAULT_COPIES,
+                copies: Copies::always(DEFAULT_COPIES),
                 object_size_shift: DEFAULT_OBJECT_SIZE_SHIFT,
                 flags: 0,
                 reference_weight: None,
@@ -216,6 +236,9 @@ impl Default for ClusterState {
             needs_majority: false,
             one_copy_will_do: false,
             locks: BTreeMap::new(),
+            recovery_held: false,
+            renamed: BTreeMap::new(),
+            limits: BTreeMap::new(),
         }
     }
 }
@@ -226,11 +249,13 @@ impl ClusterState {
         self.applied += 1;
         self.served += u64::from(self.phase == Phase::Running);
         let outcome = match command {
+            _ if command.level() > self.level => Outcome::Refused(Refusal::EarlierVersion),
+            Command::RaiseLevel { level } => self.raise_level(*level),
             Command::Join { member, time } => self.join(member, *time),
             Command::Evict { nodes, time } => self.evict(nodes, *time),
             Command::Format { cluster_id, copies, object_size_shift, flags, time } => {
                 let settings = Settings {
-                    copies: *copies,
+                    copies: Copies::always(*copies),
                     object_size_shift: *object_size_shift,
                     flags: *flags,
                     reference_weight: None,
@@ -267,7 +292,21 @@ impl ClusterState {
                 self.lock(name, *node, *token).map_or_else(Outcome::Refused, Outcome::Vdi)
             }
             Command::UnlockVdi { name, token } => self.unlock(name, *token),
+            Command::SnapshotTogether { members, tag } => self.snapshot_together(members, tag),
+            Command::RenameVdi { name, to } => self.rename_vdi(name, to),
+            Command::DetachVdi { vdi, node, generation } => self.detach_vdi(*vdi, (*node, *generation)),
+            Command::LimitVdi { name, limits } => self.limit_vdi(name, *limits),
+            Command::ShrinkVdi { vdi, node, generation, size_bytes } => {
+                self.shrink_vdi(*vdi, (*node, *generation), *size_bytes)
+            }
             Command::GiveUpRestore { vdi } => self.give_up_restore(*vdi).map_or_else(Outcome::Refused, Outcome::Vdi),
+            Command::AlterCopies { vdi, copies, time } => {
+                self.alter_copies(*vdi, *copies, *time).map_or_else(Outcome::Refused, |()| Outcome::Done)
+            }
+            Command::Reweight { weights, time } => {
+                self.reweight(weights, *time).map_or_else(Outcome::Refused, |()| Outcome::Done)
+            }
+            Command::HoldRecovery { held } => self.hold_recovery(*held),
         };
         self.check();
         outcome
@@ -298,6 +337,11 @@ impl ClusterState {
         self.settings.flags & LOCKS_ENFORCED != 0
     }
 
+    /// Whether a write that cannot have all its copies is refused.
+    pub fn is_strict(&self) -> bool {
+        self.settings.flags & STRICT != 0
+    }
+
     /// A VDI that was not deleted.
     pub fn live_vdi(&self, id: VdiId) -> Option<&Arc<Vdi>> {
         self.vdis.get(&id.get()).filter(|vdi| !vdi.deleted)
@@ -321,7 +365,8 @@ impl ClusterState {
     /// The run of ids that may carry `name`, from high to low.
     fn candidates<'a>(&'a self, name: &[u8]) -> impl Iterator<Item = Candidate<'a>> {
         let run = Run::of(name, |id| self.vdis.contains_key(&id.get()));
-        run.filter_map(move |id| self.vdis.get(&id.get())).map(|vdi| Candidate {
+        let run = run.filter_map(move |id| self.vdis.get(&id.get()));
+        run.chain(self.given_name(name)).map(|vdi| Candidate {
             vid: vdi.id,
             name: if vdi.deleted || vdi.is_being_restored() { &[] } else { &vdi.name },
             tag: &vdi.tag,
@@ -330,7 +375,26 @@ impl ClusterState {
         })
     }
 
+    /// Whether every member understands a level.
+    pub fn understands(&self, level: Level) -> bool {
+        self.members.values().all(|member| member.member.level >= level)
+    }
+
+    fn raise_level(&mut self, level: Level) -> Outcome {
+        if level <= self.level {
+            return Outcome::Refused(Refusal::NoEffect);
+        }
+        if !self.understands(level) {
+            return Outcome::Refused(Refusal::EarlierVersion);
+        }
+        self.level = level;
+        Outcome::Done
+    }
+
     fn join(&mut self, member: &Member, time: u64) -> Outcome {
+        if member.level < self.level {
+            return Outcome::Refused(Refusal::EarlierVersion);
+        }
         if self.phase == Phase::Shutdown {
             return Outcome::Refused(Refusal::Waiting);
         }
@@ -432,7 +496,7 @@ impl ClusterState {
 
     fn format(&mut self, cluster_id: u64, settings: Settings, time: u64) -> Outcome {
         let shift_ok = (20..=31).contains(&settings.object_size_shift);
-        if cluster_id == 0 || settings.copies == 0 || settings.copies > COPIES_MAX || !shift_ok {
+        if cluster_id == 0 || !(1..=COPIES_MAX).contains(&settings.copies.now()) || !shift_ok {
             return Outcome::Refused(Refusal::InvalidParameters);
         }
         if self.phase == Phase::Shutdown {
@@ -452,6 +516,7 @@ impl ClusterState {
         let kept = ClusterState {
             admission: core::mem::take(&mut self.admission),
             needs_majority: self.needs_majority,
+            level: self.level,
             ..ClusterState::default()
         };
         *self = ClusterState { applied, served, cluster_id, created: time, settings, members, replaced, ..kept };
@@ -628,18 +693,85 @@ impl ClusterState {
         Outcome::Done
     }
 
-    /// Holders that an object with `copies` copies needs before a write to it is acknowledged (design: min-copies).
+    /// Holders that an object with `copies` copies needs before a write to it is acknowledged (design: min-copies); all of
+    /// them, if the operator chose so at format.
     pub fn min_copies(&self, copies: u8) -> u8 {
+        if self.is_strict() {
+            return copies;
+        }
         if self.needs_majority && copies > 2 && !self.one_copy_will_do { 2 } else { 1 }
     }
 
     /// The fewest copies that any object may have.
     pub fn copies_min(&self) -> u8 {
         let volumes = self.vdis.values().filter(|vdi| !vdi.deleted).map(|vdi| vdi.copies);
-        volumes.chain([self.settings.copies]).min().unwrap_or(1)
+        volumes.chain([self.settings.copies]).map(|copies| copies.fewest(self.clean)).min().unwrap_or(1)
     }
 
-    fn require_running(&self) -> Result<(), Refusal> {
+    /// Changes the copies of a volume's chain, or of what does not say its own. Beginning an epoch with it makes gateways and
+    /// holders agree, and recovery bring what is missing and drop what is too much.
+    fn alter_copies(&mut self, id: Option<VdiId>, copies: u8, time: u64) -> Result<(), Refusal> {
+        self.require_running()?;
+        let root = match id {
+            Some(id) => Some(self.live_vdi(id).ok_or(Refusal::NoVdi)?.chain_root),
+            None => None,
+        };
+        let before = match id {
+            Some(id) => self.vdis[&id.get()].copies,
+            None => self.settings.copies,
+        };
+        if !(1..=COPIES_MAX).contains(&copies) {
+            return Err(Refusal::InvalidParameters);
+        }
+        if before.now() == copies {
+            return Err(Refusal::NoEffect);
+        }
+        if !before.may_change(self.clean) {
+            return Err(Refusal::Recovering);
+        }
+        let (epoch, after) = (self.epoch.next(), before.changed(copies, self.epoch.next()));
+        if root.is_none() {
+            self.settings.copies = after;
+        }
+        // One chain has one set of holders, and of a deleted VDI others may still use objects.
+        for vdi in self.vdis.values_mut().filter(|vdi| Some(vdi.chain_root) == root) {
+            Arc::make_mut(vdi).copies = after;
+        }
+        self.begin_epoch(epoch, time);
+        Ok(())
+    }
+
+    /// Gateways stay gateways, and stores stores. The scale of the ring stays too while it suits: a new one moves far more.
+    fn reweight(&mut self, weights: &[(NodeId, u64)], time: u64) -> Result<(), Refusal> {
+        self.require_running()?;
+        let mut changed = false;
+        for (node, weight) in weights.iter().filter(|(_, weight)| *weight > 0) {
+            if let Some(entry) = self.members.get_mut(node).filter(|entry| !entry.member.is_gateway()) {
+                changed |= entry.member.weight != *weight;
+                entry.member.weight = *weight;
+            }
+        }
+        let members = ring_members(&self.members);
+        if self.settings.reference_weight.is_some_and(|reference| !reference.fits(&members)) {
+            self.settings.reference_weight = ReferenceWeight::of(&members);
+            changed = true;
+        }
+        if !changed {
+            return Err(Refusal::NoEffect);
+        }
+        self.begin_epoch(self.epoch.next(), time);
+        Ok(())
+    }
+
+    fn hold_recovery(&mut self, held: bool) -> Outcome {
+        if let Err(refusal) = self.require_running() {
+            return Outcome::Refused(refusal);
+        }
+        self.recovery_held = held;
+        Outcome::Done
+    }
+
+    pub(crate) fn require_running(&self) -> Result<(), Refusal> {
         match self.phase {
             Phase::Running => Ok(()),
             Phase::Unformatted => Err(Refusal::NotFormatted),
@@ -647,7 +779,7 @@ impl ClusterState {
         }
     }
 
-    fn new_vdi(&mut self, request: &NewVdi) -> Result<VdiId, Refusal> {
+    pub(crate) fn new_vdi(&mut self, request: &NewVdi) -> Result<VdiId, Refusal> {
         self.require_running()?;
         vdi_name::check_name(&request.name).map_err(|_| Refusal::InvalidParameters)?;
         let base = match request.base {
@@ -677,7 +809,7 @@ impl ClusterState {
     }
 
     /// A VDI may become a snapshot only while the asking node holds its lease, with every write drained.
-    fn require_drained(&self, vdi: VdiId, drained: Option<(NodeId, u32)>) -> Result<(), Refusal> {
+    pub(crate) fn require_drained(&self, vdi: VdiId, drained: Option<(NodeId, u32)>) -> Result<(), Refusal> {
         let lease = self.leases.get(&vdi.get());
         match (lease, drained) {
             (Some(lease), Some((node, generation))) if lease.holder == Some(node) && lease.generation == generation => {
@@ -701,9 +833,9 @@ impl ClusterState {
         let copies = match (request.copies, base) {
             // One chain has one set of holders.
             (_, Some(base)) if base.name == request.name => base.copies,
-            (0, Some(base)) => base.copies,
-            (0, None) => self.settings.copies,
-            (copies, _) => copies,
+            (0, Some(base)) => Copies::always(base.copies.now()),
+            (0, None) => Copies::always(self.settings.copies.now()),
+            (copies, _) => Copies::always(copies),
         };
         let object_size_shift = match (base, request.object_size_shift) {
             // QEMU sends the cluster's default even when the base has objects of another size.
@@ -711,7 +843,7 @@ impl ClusterState {
             (None, 0) => self.settings.object_size_shift,
             (None, shift) => shift,
         };
-        if copies > COPIES_MAX || !(20..=31).contains(&object_size_shift) {
+        if copies.now() > COPIES_MAX || !(20..=31).contains(&object_size_shift) {
             return Err(Refusal::InvalidParameters);
         }
         if request.size_bytes > OBJECTS_MAX << object_size_shift {
@@ -747,6 +879,7 @@ impl ClusterState {
         self.require_running()?;
         let id = self.lookup(name, target)?;
         self.remove_vdi(id);
+        self.forget_limits(name);
         Ok(id)
     }
 

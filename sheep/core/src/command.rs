@@ -9,6 +9,8 @@ use serde::{Deserialize, Serialize};
 
 use crate::admission::{ClusterKey, Fingerprint};
 use crate::ids;
+use crate::level::Level;
+use crate::limits::Limits;
 use crate::member::{Member, NodeId};
 use crate::stamp::Epoch;
 
@@ -101,6 +103,84 @@ pub enum Command {
     LockVdi { name: Vec<u8>, node: NodeId, token: u64 },
     /// The client closed it or is gone; without a token, an operator says so.
     UnlockVdi { name: Vec<u8>, token: Option<u64> },
+    /// From now on commands up to this level may be ordered: every member understands them.
+    RaiseLevel { level: Level },
+    /// The objects of a VDI and of all that share its chain have so many copies from the next epoch on, which this begins;
+    /// without a VDI it is attributes and the volumes that are made later.
+    AlterCopies {
+        #[serde(with = "ids::vdi_id_option")]
+        vdi: Option<VdiId>,
+        copies: u8,
+        time: u64,
+    },
+    /// Members have these shares of the data from the next epoch on, which this begins.
+    Reweight { weights: Vec<(NodeId, u64)>, time: u64 },
+    /// Nodes stop (or go on again) bringing copies up to date that nobody waits for.
+    HoldRecovery { held: bool },
+    /// Snapshots of several working VDIs, of one moment: all of them or none, under one tag. Each says the proof that its
+    /// writes are drained.
+    SnapshotTogether { members: Vec<NewVdi>, tag: Vec<u8> },
+    /// Gives a volume and all its snapshots another name.
+    RenameVdi { name: Vec<u8>, to: Vec<u8> },
+    /// The working VDI refers to none of its ancestors' objects any more, and is nobody's child from now on.
+    DetachVdi {
+        #[serde(with = "ids::vdi_id")]
+        vdi: VdiId,
+        node: NodeId,
+        generation: u32,
+    },
+    /// How fast clients may use a volume; `None` for as fast as it goes.
+    LimitVdi { name: Vec<u8>, limits: Option<Limits> },
+    /// The working VDI becomes smaller. What was beyond its new end is gone: `generation` proves that its writes have been
+    /// drained, and that whoever says so has looked since.
+    ShrinkVdi {
+        #[serde(with = "ids::vdi_id")]
+        vdi: VdiId,
+        node: NodeId,
+        generation: u32,
+        size_bytes: u64,
+    },
+}
+
+impl Command {
+    /// The level that every member has to understand before this is ordered.
+    pub fn level(&self) -> Level {
+        match self {
+            Command::Join { .. }
+            | Command::Evict { .. }
+            | Command::Format { .. }
+            | Command::Recovered { .. }
+            | Command::NewVdi(_)
+            | Command::DeleteVdi { .. }
+            | Command::EditVdi { .. }
+            | Command::Reclaimed { .. }
+            | Command::AcquireLease { .. }
+            | Command::ReleaseLease { .. }
+            | Command::Shutdown
+            | Command::ForceRecover { .. }
+            | Command::Restore(_)
+            | Command::Admit { .. }
+            | Command::Ban { .. }
+            | Command::RotateKey { .. }
+            | Command::OfferToken { .. }
+            | Command::Restart
+            | Command::StopWaiting { .. }
+            | Command::HandOverLease { .. }
+            // Refused itself where a member does not understand the level that it names.
+            | Command::RaiseLevel { .. } => Level::FIRST,
+            Command::BeginRestore(_)
+            | Command::FinishRestore { .. }
+            | Command::GiveUpRestore { .. }
+            | Command::LockVdi { .. }
+            | Command::UnlockVdi { .. } => Level::LOCKS_AND_RESTORES,
+            Command::AlterCopies { .. } | Command::Reweight { .. } | Command::HoldRecovery { .. } => Level::COPIES,
+            Command::SnapshotTogether { .. }
+            | Command::RenameVdi { .. }
+            | Command::DetachVdi { .. }
+            | Command::LimitVdi { .. } => Level::VOLUME_CHANGES,
+            Command::ShrinkVdi { .. } => Level::SHRINKING,
+        }
+    }
 }
 
 /// The request behind `NEW_VDI` (protocol.md sections 6.4, 6.5, 6.12, 6.14).
@@ -189,4 +269,9 @@ pub enum Refusal {
     TokenUnknown,
     /// Another client has it open.
     Locked,
+    /// A member does not understand the command, or the joining node does not understand what the cluster uses: it runs an
+    /// earlier version.
+    EarlierVersion,
+    /// An earlier change of the same kind is still being carried out.
+    Recovering,
 }

@@ -18,6 +18,7 @@ use alloc::sync::Arc;
 use alloc::vec::Vec;
 
 use crate::cluster_state::{ClusterState, EpochRecord};
+use crate::copies::Copies;
 use crate::member::NodeId;
 use crate::placement::{Holders, PlacementKey, holders};
 use crate::ring::Ring;
@@ -72,12 +73,13 @@ fn ring_of(record: &EpochRecord) -> Option<Ring> {
 
 /// Who held the objects of a key in an epoch, in order of preference. Builds that epoch's ring anew: for people's questions, not
 /// for the data path.
-pub fn holders_in(record: &EpochRecord, key: PlacementKey, copies: u8) -> Holders {
-    ring_of(record).map_or(Holders::EMPTY, |ring| holders(&ring, key, copies))
+pub fn holders_in(record: &EpochRecord, key: PlacementKey, copies: Copies) -> Holders {
+    ring_of(record).map_or(Holders::EMPTY, |ring| holders(&ring, key, copies.in_epoch(record.epoch)))
 }
 
 impl HistoricEpoch {
-    fn holders(&self, key: PlacementKey, copies: u8) -> Holders {
+    fn holders(&self, key: PlacementKey, copies: Copies) -> Holders {
+        let copies = copies.in_epoch(self.record.epoch);
         self.ring.as_ref().map_or(Holders::EMPTY, |ring| holders(ring, key, copies))
     }
 }
@@ -100,7 +102,7 @@ impl History {
     }
 
     /// The current holders of an object, in order of preference; none before format.
-    pub fn holders(&self, key: PlacementKey, copies: u8) -> Holders {
+    pub fn holders(&self, key: PlacementKey, copies: Copies) -> Holders {
         self.epochs.last().map_or(Holders::EMPTY, |last| last.holders(key, copies))
     }
 
@@ -110,13 +112,13 @@ impl History {
     }
 
     /// Whether `node` held the object in `epoch`.
-    pub fn held(&self, node: NodeId, epoch: Epoch, key: PlacementKey, copies: u8) -> bool {
+    pub fn held(&self, node: NodeId, epoch: Epoch, key: PlacementKey, copies: Copies) -> bool {
         self.at(epoch).is_some_and(|at| at.holders(key, copies).contains(&node))
     }
 
     /// The last epoch before the current one up to which this node's copy (or its absence) took every write; see the
     /// module. `None` if the node's silence about an object means nothing.
-    pub fn current_as_of(&self, answer: &Answer, key: PlacementKey, copies: u8) -> Option<Epoch> {
+    pub fn current_as_of(&self, answer: &Answer, key: PlacementKey, copies: Copies) -> Option<Epoch> {
         let whole_node = self.held(answer.node, answer.clean_through, key, copies).then_some(answer.clean_through);
         let mut as_of = match (answer.version.map(|version| version.epoch), whole_node) {
             (Some(copy), Some(node)) => copy.max(node),
@@ -138,14 +140,14 @@ impl History {
         Some(as_of)
     }
 
-    /// Whether a node whose copy is not current may answer a write of the current epoch before the copy has it: a steady
-    /// holder must have it, and nothing that this node says after a crash, or in a later epoch, may count as if its copy
-    /// had taken what this epoch wrote.
-    pub fn may_defer(&self, own: &Answer, key: PlacementKey, copies: u8) -> bool {
+    /// Whether a node whose copy is not current may answer a write of the current epoch before the copy has it: so many steady
+    /// holders must have it as a write has to have copies, and nothing that this node says after a crash, or in a later epoch,
+    /// may count as if its copy had taken what this epoch wrote.
+    pub fn may_defer(&self, own: &Answer, key: PlacementKey, copies: Copies, min_copies: u8) -> bool {
         let Some(last) = self.epochs.last() else { return false };
         let Some(member) = last.record.members.get(&own.node) else { return false };
         let steady = self.steady_holders(last, key, copies);
-        if steady.is_empty() || steady.contains(&own.node) {
+        if steady.len() < usize::from(min_copies.max(1)) || steady.contains(&own.node) {
             return false;
         }
         let behind = |as_of: Epoch| as_of < self.current() && (as_of.next() < self.current() || member.since > as_of);
@@ -153,7 +155,7 @@ impl History {
     }
 
     /// The holders of an object that had its newest content from the first moment of an epoch.
-    fn steady_holders(&self, at: &HistoricEpoch, key: PlacementKey, copies: u8) -> Vec<NodeId> {
+    fn steady_holders(&self, at: &HistoricEpoch, key: PlacementKey, copies: Copies) -> Vec<NodeId> {
         let held_since = |node: &NodeId, from: Epoch| {
             (from.get()..at.record.epoch.get()).all(|epoch| self.held(*node, Epoch(epoch), key, copies))
         };
@@ -169,7 +171,7 @@ impl History {
     }
 
     /// Current members that held the object in any epoch since the clean one: whoever may have something to say.
-    pub fn witnesses(&self, key: PlacementKey, copies: u8) -> BTreeSet<NodeId> {
+    pub fn witnesses(&self, key: PlacementKey, copies: Copies) -> BTreeSet<NodeId> {
         let Some(last) = self.epochs.last() else { return BTreeSet::new() };
         let everyone = self.epochs.iter().flat_map(|at| at.holders(key, copies).to_vec());
         everyone.filter(|node| last.record.members.contains_key(node)).collect()
@@ -191,7 +193,7 @@ impl History {
     }
 
     /// Decides which content is the newest from everybody who could be asked.
-    pub fn decide(&self, key: PlacementKey, copies: u8, answers: &[Answer]) -> Decision {
+    pub fn decide(&self, key: PlacementKey, copies: Copies, answers: &[Answer]) -> Decision {
         let rank = |answer: &Answer| {
             let as_of = self.current_as_of(answer, key, copies)?;
             Some((as_of, answer.version.map(|version| version.stamp)))

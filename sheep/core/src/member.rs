@@ -3,6 +3,8 @@
 use alloc::string::String;
 use serde::{Deserialize, Serialize};
 
+use crate::level::Level;
+
 /// A node's identity, drawn at random when its store is made and kept there: it survives restarts and address changes.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug, Serialize, Deserialize)]
 pub struct NodeId(pub u64);
@@ -38,6 +40,8 @@ pub struct Member {
     pub zone: u32,
     /// Share of the data, in bytes of capacity; 0 for a gateway, which stores nothing.
     pub weight: u64,
+    /// The last one that its process understands.
+    pub level: Level,
 }
 
 impl Member {

@@ -22,6 +22,8 @@
 //! All integers are little-endian. A reader checks the magic, the kind and the payload length before it believes or
 //! allocates anything; a frame that fails the check ends the connection.
 
+use alloc::vec::Vec;
+
 use qemu_proto::oid::Oid;
 
 use crate::member::NodeId;
@@ -109,6 +111,17 @@ pub const FLAG_COPY: u8 = 2;
 pub const FLAG_DURABLE: u8 = 4;
 /// Request flag: wait until the copy is current instead of answering `NotCurrent`.
 pub const FLAG_WAIT: u8 = 8;
+/// Request flag of `Fetch`: where the copy is damaged, answer `Corrupt` with a [`Salvaged`] as payload, instead of nothing.
+pub const FLAG_SALVAGE: u8 = 16;
+/// Request flag of writes: the generation before this one was passed on in order, so all its writes are on all their holders.
+pub const FLAG_DRAINED: u8 = 32;
+/// Request flag of reads of a map: the reader takes the VDI for one that exists; if it was deleted, answer `Outdated`.
+pub const FLAG_LIVE: u8 = 64;
+/// Request flag of reads of a map: the reader takes the VDI for a working one; if it is a snapshot, answer `Outdated`.
+pub const FLAG_WORKING: u8 = 128;
+/// Request flag of writes: it was sent before, in an earlier epoch under a lower stamp. Who does not know the flag may be unable
+/// to say what became of that one; see `write_fate`. The same bit as `FLAG_LIVE`, which is of reads.
+pub const FLAG_AGAIN: u8 = 64;
 
 /// One request's header.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -168,6 +181,8 @@ pub enum Verdict {
     /// The write is kept in memory until this node's copy, which is being brought up to date, can take it. Nothing this
     /// node says counts for the object before then, so the write is as safe as on the other holders.
     Deferred = 11,
+    /// The order has gone on since what the reader knows of the VDI: learn that, and look again.
+    Outdated = 12,
 }
 
 impl Verdict {
@@ -186,6 +201,7 @@ impl Verdict {
             V::Stranger,
             V::Busy,
             V::Deferred,
+            V::Outdated,
         ]
         .into_iter()
         .find(|verdict| *verdict as u8 == code)
@@ -209,6 +225,39 @@ pub struct PeerAnswer {
     pub clean_through: Epoch,
     /// Whether the answering node is about to run out of space.
     pub nearly_full: bool,
+}
+
+/// A piece of an object whose copy is damaged in places.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Salvaged {
+    /// The damaged blocks of the object, of 4 KiB each, with the checksums that their contents should have.
+    pub damaged: Vec<(u32, u32)>,
+    /// The bytes; those of damaged blocks mean nothing.
+    pub bytes: Vec<u8>,
+}
+
+impl Salvaged {
+    /// The payload: the number of damaged blocks, each with its checksum, the bytes.
+    pub fn encode(&self) -> Vec<u8> {
+        let mut payload = Vec::with_capacity(4 + self.damaged.len() * 8 + self.bytes.len());
+        payload.extend_from_slice(&(self.damaged.len() as u32).to_le_bytes());
+        for (block, tag) in &self.damaged {
+            payload.extend_from_slice(&block.to_le_bytes());
+            payload.extend_from_slice(&tag.to_le_bytes());
+        }
+        payload.extend_from_slice(&self.bytes);
+        payload
+    }
+
+    /// `None` if the payload is none of this kind.
+    pub fn decode(payload: &[u8]) -> Option<Salvaged> {
+        let (count, rest) = payload.split_first_chunk::<4>()?;
+        let (records, bytes) = rest.split_at_checked((u32::from_le_bytes(*count) as usize).checked_mul(8)?)?;
+        let number = |bytes: &[u8; 4]| u32::from_le_bytes(*bytes);
+        let damaged =
+            records.as_chunks::<4>().0.as_chunks::<2>().0.iter().map(|[block, tag]| (number(block), number(tag)));
+        Some(Salvaged { damaged: damaged.collect(), bytes: bytes.to_vec() })
+    }
 }
 
 /// Why bytes are no message.
@@ -407,6 +456,8 @@ impl ListEntry {
 
 #[cfg(test)]
 mod tests {
+    use alloc::vec;
+
     use super::*;
 
     #[test]
@@ -453,5 +504,15 @@ mod tests {
         payload.extend_from_slice(&entry.encode());
         payload.push(1);
         assert_eq!(ListEntry::decode_all(&payload).collect::<alloc::vec::Vec<_>>(), [entry, entry]);
+    }
+
+    #[test]
+    fn what_was_salvaged_comes_back_and_nonsense_does_not() {
+        let salvaged = Salvaged { damaged: vec![(3, 0xdead_beef), (1023, 1)], bytes: vec![7; 5000] };
+        let payload = salvaged.encode();
+        assert_eq!(Salvaged::decode(&payload), Some(salvaged));
+        assert_eq!(Salvaged::decode(&payload[..19]), None);
+        assert_eq!(Salvaged::decode(&[255, 255, 255, 255, 0]), None);
+        assert_eq!(Salvaged::decode(&[]), None);
     }
 }

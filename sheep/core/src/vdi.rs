@@ -12,6 +12,7 @@ use alloc::vec::Vec;
 use qemu_proto::oid::VdiId;
 use serde::{Deserialize, Serialize};
 
+use crate::copies::Copies;
 use crate::ids;
 
 /// See the module.
@@ -34,8 +35,8 @@ pub struct Vdi {
     pub chain_root: VdiId,
     /// Bytes.
     pub size_bytes: u64,
-    /// Copies of each object, 1 to 31.
-    pub copies: u8,
+    /// Copies of each object, 1 to 31; the same in the whole chain.
+    pub copies: Copies,
     /// log2 of the object size, 20 to 31.
     pub object_size_shift: u8,
     /// Wire encoding: seconds in the upper half, nanoseconds in the lower.

@@ -1,9 +1,9 @@
 //! What became of a write whose gateway lost its lease before every holder had answered.
 //!
 //! Such a write may be in the copies that count, and others may have read it and written over it since: writing it once more
-//! would bring an older value back. So each holder remembers with which stamp an object ended each of the last lease
-//! generations that wrote to it. A write of a generation took part in the object's history if and only if its stamp is not
-//! above that end, because the writes of an object are applied in stamp order.
+//! would bring an older value back. So each holder remembers with which stamp an object ended each of the last stints (lease
+//! generations, and rounds within them: `Stamp::stint`) that wrote to it. A write of a stint took part in the object's history if
+//! and only if its stamp is not above that end, because the writes of an object are applied in stamp order.
 //!
 //! Always holds: an answer other than `Unknown` is right for the object's history: only copies that are current take writes, so
 //! what a copy saw end, ended so, even if the copy has moved elsewhere since. What is not remembered any more (a restart, what
@@ -13,7 +13,7 @@ use alloc::collections::{BTreeMap, VecDeque};
 
 use crate::stamp::Stamp;
 
-/// Generations remembered per object: a lease that two gateways fight for changes hands some hundred times a second, and one of
+/// Stints remembered per object: a lease that two gateways fight for changes hands some hundred times a second, and one of
 /// them may be away for ten seconds.
 const ENDS_PER_OBJECT: usize = 8192;
 /// Ends remembered for all objects together: 4 MiB. Beyond, everything is forgotten at once.
@@ -35,15 +35,15 @@ pub enum Fate {
 /// One object.
 #[derive(Clone, Debug, Default)]
 struct Ends {
-    /// Everything above this generation is remembered.
-    from: u32,
-    /// Last stamps, ascending, one per generation.
+    /// Everything above this stint is remembered that anybody may ask for: of rounds, those that had writes under way.
+    from: u64,
+    /// Last stamps, ascending, one per stint.
     last_stamps: VecDeque<Stamp>,
     /// Of the last removal that was seen: where the object stands while there is none.
     removed: Option<Stamp>,
 }
 
-/// The ends of lease generations, by object.
+/// The ends of stints, by object.
 #[derive(Debug, Default)]
 pub struct WriteFates {
     objects: BTreeMap<u64, Ends>,
@@ -52,15 +52,15 @@ pub struct WriteFates {
 }
 
 impl WriteFates {
-    /// A copy that stood at `before` takes its first write of a later generation.
-    pub fn generation_ends(&mut self, object: u64, before: Stamp) {
+    /// A copy that stood at `before` takes its first write of a later stint.
+    pub fn stint_ends(&mut self, object: u64, before: Stamp) {
         if self.end_count >= ENDS_MAX {
             self.forget_all();
         }
-        // Nothing is known of the generations before the first one that was seen to end.
-        let from = before.generation.saturating_sub(1);
+        // Nothing is known of the stints before the first one that was seen to end.
+        let from = before.stint().saturating_sub(1);
         let known = self.objects.entry(object).or_insert_with(|| Ends { from, ..Ends::default() });
-        if known.last_stamps.back().is_some_and(|last| last.generation >= before.generation) {
+        if known.last_stamps.back().is_some_and(|last| last.stint() >= before.stint()) {
             return;
         }
         known.last_stamps.push_back(before);
@@ -68,14 +68,14 @@ impl WriteFates {
         if known.last_stamps.len() > ENDS_PER_OBJECT
             && let Some(dropped) = known.last_stamps.pop_front()
         {
-            known.from = known.from.max(dropped.generation);
+            known.from = known.from.max(dropped.stint());
             self.end_count -= 1;
         }
     }
 
     /// The object was removed by this write.
     pub fn was_removed(&mut self, object: u64, stamp: Stamp) {
-        // Where nothing is remembered, a write of a later generation says nothing about those before it.
+        // Where nothing is remembered, a write of a later stint says nothing about those before it.
         if let Some(known) = self.objects.get_mut(&object) {
             known.removed = Some(stamp);
         }
@@ -93,10 +93,10 @@ impl WriteFates {
         }
     }
 
-    /// The copy was fetched from another node, as of `now`: generations that wrote in between were not seen here.
+    /// The copy was fetched from another node, as of `now`: stints that wrote in between were not seen here.
     pub fn was_replaced(&mut self, object: u64, now: Stamp) {
         if let Some(known) = self.objects.get_mut(&object) {
-            known.from = known.from.max(now.generation);
+            known.from = known.from.max(now.stint());
         }
     }
 
@@ -106,10 +106,10 @@ impl WriteFates {
         self.end_count = 0;
     }
 
-    /// What became of the write with stamp `asked`, as far as this node saw its generation end.
+    /// What became of the write with stamp `asked`, as far as this node saw its stint end.
     pub fn seen(&self, object: u64, asked: Stamp) -> Fate {
         let Some(known) = self.objects.get(&object) else { return Fate::Unknown };
-        match known.last_stamps.binary_search_by_key(&asked.generation, |end| end.generation) {
+        match known.last_stamps.binary_search_by_key(&asked.stint(), |end| end.stint()) {
             Ok(at) if known.last_stamps[at].sequence >= asked.sequence => Fate::Applied,
             Ok(_) => Fate::NotApplied,
             Err(_) => Fate::Unknown,
@@ -122,8 +122,8 @@ impl WriteFates {
             return Fate::Harmless;
         }
         match self.seen(object, asked) {
-            // It would have been seen, had that generation written anything.
-            Fate::Unknown if self.objects.get(&object).is_some_and(|known| known.from < asked.generation) => {
+            // It would have been seen, had that stint written anything.
+            Fate::Unknown if self.objects.get(&object).is_some_and(|known| known.from < asked.stint()) => {
                 Fate::NotApplied
             }
             seen => seen,
@@ -142,8 +142,8 @@ mod tests {
     #[test]
     fn a_write_is_told_from_the_end_of_its_generation() {
         let mut fates = WriteFates::default();
-        fates.generation_ends(1, stamp(4, 10));
-        fates.generation_ends(1, stamp(6, 3));
+        fates.stint_ends(1, stamp(4, 10));
+        fates.stint_ends(1, stamp(6, 3));
         let now = Some(stamp(9, 1));
         assert_eq!(fates.fate(1, now, stamp(4, 10)), Fate::Applied);
         assert_eq!(fates.fate(1, now, stamp(4, 11)), Fate::NotApplied);
@@ -157,11 +157,11 @@ mod tests {
     #[test]
     fn a_removal_ends_a_generation_like_any_write() {
         let mut fates = WriteFates::default();
-        fates.generation_ends(1, stamp(5, 10));
+        fates.stint_ends(1, stamp(5, 10));
         // Generation 7 removes it, generation 8 makes it anew.
         fates.was_removed(1, stamp(7, 4));
         let before = fates.removal(1).unwrap();
-        fates.generation_ends(1, before);
+        fates.stint_ends(1, before);
         let now = Some(stamp(8, 2));
         assert_eq!(fates.fate(1, now, stamp(7, 4)), Fate::Applied);
         assert_eq!(fates.fate(1, now, stamp(7, 5)), Fate::NotApplied);
@@ -173,10 +173,29 @@ mod tests {
     }
 
     #[test]
+    fn a_write_that_was_sent_again_is_told_from_the_end_of_each_round() {
+        // Sent as 10 after 9, then both again; the lease is lost when the first of them came.
+        let again = |count| stamp(4, Stamp::begin_round(count));
+        let mut kept_it = WriteFates::default();
+        kept_it.stint_ends(1, stamp(4, 10));
+        kept_it.stint_ends(1, again(11));
+        let mut lost_it = WriteFates::default();
+        lost_it.stint_ends(1, stamp(4, 8));
+        lost_it.stint_ends(1, again(11));
+        let now = Some(stamp(5, 1));
+        for fates in [&kept_it, &lost_it] {
+            assert_eq!(fates.fate(1, now, again(11)), Fate::Applied);
+            assert_eq!(fates.fate(1, now, again(12)), Fate::NotApplied);
+        }
+        assert_eq!(kept_it.fate(1, now, stamp(4, 10)), Fate::Applied);
+        assert_eq!(lost_it.fate(1, now, stamp(4, 10)), Fate::NotApplied, "what came later hides it not");
+    }
+
+    #[test]
     fn what_was_not_seen_is_unknown() {
         let mut fates = WriteFates::default();
         assert_eq!(fates.fate(1, Some(stamp(9, 1)), stamp(4, 10)), Fate::Unknown);
-        fates.generation_ends(1, stamp(4, 10));
+        fates.stint_ends(1, stamp(4, 10));
         fates.was_replaced(1, stamp(7, 3));
         let now = Some(stamp(9, 1));
         assert_eq!(fates.fate(1, now, stamp(4, 10)), Fate::Applied, "that was seen");
@@ -184,12 +203,12 @@ mod tests {
         assert_eq!(fates.fate(1, now, stamp(8, 1)), Fate::NotApplied, "nor was it there");
         assert_eq!(fates.seen(1, stamp(8, 1)), Fate::Unknown);
         for generation in 1..=10_000 {
-            fates.generation_ends(2, stamp(generation, 1));
+            fates.stint_ends(2, stamp(generation, 1));
         }
         assert_eq!(fates.fate(2, Some(stamp(20_000, 1)), stamp(20, 1)), Fate::Unknown, "too long ago");
         assert_eq!(fates.fate(2, Some(stamp(20_000, 1)), stamp(9000, 1)), Fate::Applied);
         for object in 10..1_000_000 {
-            fates.generation_ends(object, stamp(1, 1));
+            fates.stint_ends(object, stamp(1, 1));
             assert!(fates.end_count <= ENDS_MAX);
         }
     }

@@ -4,6 +4,7 @@ use proptest::prelude::*;
 use qemu_proto::oid::VdiId;
 use sheep_core::cluster_state::{ClusterState, Phase};
 use sheep_core::command::{Command, NewVdi, Outcome, Refusal, VdiEdit};
+use sheep_core::level::Level;
 use sheep_core::member::{Member, NodeId};
 use sheep_core::stamp::Epoch;
 use sheep_core::vdi::Vdi;
@@ -20,6 +21,7 @@ fn member(node: u64, zone: u32) -> Member {
         boot: 1,
         zone,
         weight: 1 << 40,
+        level: Level::OURS,
     }
 }
 
@@ -34,7 +36,41 @@ fn formatted(nodes: u64) -> ClusterState {
     }
     let format = Command::Format { cluster_id: 9, copies: 3, object_size_shift: 22, flags: 0, time: 100 };
     assert_eq!(state.apply(&format), Outcome::Done);
+    assert_eq!(state.apply(&Command::RaiseLevel { level: Level::OURS }), Outcome::Done);
     state
+}
+
+#[test]
+fn what_a_member_does_not_understand_is_not_ordered() {
+    let earlier =
+        |node: u64| Command::Join { member: Member { level: Level::FIRST, ..member(node, node as u32) }, time: node };
+    let mut state = ClusterState::default();
+    for command in [join(1), earlier(2)] {
+        assert_eq!(state.apply(&command), Outcome::Done);
+    }
+    let format = Command::Format { cluster_id: 9, copies: 2, object_size_shift: 22, flags: 0, time: 100 };
+    assert_eq!(state.apply(&format), Outcome::Done);
+    let unlock = Command::UnlockVdi { name: b"a".to_vec(), token: None };
+    let raise = Command::RaiseLevel { level: unlock.level() };
+    assert!(unlock.level() > Level::FIRST);
+    for command in [&unlock, &raise] {
+        assert_eq!(state.apply(command), Outcome::Refused(Refusal::EarlierVersion));
+    }
+    // The later version's node alone does not make it so; the other one has to come back updated.
+    assert_eq!(state.apply(&Command::Evict { nodes: vec![NodeId(2)], time: 101 }), Outcome::Done);
+    assert_eq!(state.apply(&earlier(2)), Outcome::Done, "as long as nothing later was used");
+    assert_eq!(state.apply(&join(2)), Outcome::Done);
+    assert_eq!(state.apply(&raise), Outcome::Done);
+    assert_eq!(state.apply(&raise), Outcome::Refused(Refusal::NoEffect));
+    assert_ne!(state.apply(&unlock), Outcome::Refused(Refusal::EarlierVersion));
+    assert_eq!(state.apply(&earlier(3)), Outcome::Refused(Refusal::EarlierVersion), "it could not follow");
+    assert_eq!(state.apply(&earlier(2)), Outcome::Refused(Refusal::EarlierVersion));
+    assert!(state.members.contains_key(&NodeId(2)), "refused is not evicted");
+
+    let mut later = state.clone();
+    later.level = Level(Level::OURS.0 + 1);
+    let restored = ClusterState::default().apply(&Command::Restore(later.encode()));
+    assert_eq!(restored, Outcome::Refused(Refusal::InvalidParameters), "a state of a later version is not misread");
 }
 
 fn new_vdi(name: &str, base: Option<VdiId>, snapshot: bool, drained: Option<(NodeId, u32)>) -> Command {
@@ -337,6 +373,61 @@ fn after_an_orderly_stop_the_epoch_goes_on_once_all_are_back() {
 }
 
 #[test]
+fn copies_are_altered_for_a_chain_at_once_and_again_only_after_a_clean_epoch() {
+    let mut state = formatted(3);
+    vdi_of(&state.apply(&new_vdi("vm", None, false, None)));
+    let (old, new) = snapshot(&mut state, "vm");
+    let clone = vdi_of(&state.apply(&new_vdi("clone", Some(old), false, None)));
+    let alter = |vdi, copies| Command::AlterCopies { vdi, copies, time: 4 };
+    assert_eq!(state.apply(&alter(Some(new), 3)), Outcome::Refused(Refusal::NoEffect));
+    for copies in [0, 32] {
+        assert_eq!(state.apply(&alter(Some(new), copies)), Outcome::Refused(Refusal::InvalidParameters));
+    }
+    assert_eq!(state.apply(&alter(VdiId::new(99), 2)), Outcome::Refused(Refusal::NoVdi));
+    assert_eq!((state.epoch, state.copies_min()), (Epoch(1), 3));
+    assert_eq!(state.apply(&alter(Some(new), 1)), Outcome::Done);
+    let copies = |state: &ClusterState, vdi: VdiId| state.vdis[&vdi.get()].copies;
+    assert_eq!([old, new, clone].map(|vdi| copies(&state, vdi).now()), [1, 1, 3]);
+    assert_eq!([1, 2, 3].map(|epoch| copies(&state, new).in_epoch(Epoch(epoch))), [3, 1, 1]);
+    assert_eq!(state.epoch, Epoch(2));
+    assert_eq!(state.apply(&alter(Some(old), 2)), Outcome::Refused(Refusal::Recovering));
+    assert_eq!(state.apply(&alter(Some(clone), 2)), Outcome::Done, "another chain");
+    assert_eq!(state.apply(&alter(None, 2)), Outcome::Done);
+    let made = vdi_of(&state.apply(&new_vdi("made", None, false, None)));
+    assert_eq!(copies(&state, made).now(), 2);
+    for node in 1..=3 {
+        state.apply(&Command::Recovered { node: NodeId(node), epoch: state.epoch });
+    }
+    assert_eq!(state.apply(&alter(Some(old), 2)), Outcome::Done);
+    assert_eq!(state.copies_min(), 1, "not everything has two copies yet");
+}
+
+#[test]
+fn weights_change_with_an_epoch_and_only_those_of_stores() {
+    let mut state = formatted(3);
+    let mut gateway = member(4, 4);
+    gateway.weight = 0;
+    state.apply(&Command::Join { member: gateway, time: 1 });
+    let reweight = |weights: &[(u64, u64)]| Command::Reweight {
+        weights: weights.iter().map(|(node, weight)| (NodeId(*node), *weight)).collect(),
+        time: 2,
+    };
+    let epoch = state.epoch;
+    assert_eq!(
+        state.apply(&reweight(&[(1, 1 << 40), (2, 0), (4, 1 << 40), (9, 5)])),
+        Outcome::Refused(Refusal::NoEffect)
+    );
+    let scale = state.settings.reference_weight;
+    assert_eq!(state.apply(&reweight(&[(1, 2 << 40)])), Outcome::Done);
+    assert_eq!((state.epoch, state.settings.reference_weight), (epoch.next(), scale));
+    assert_eq!(state.members[&NodeId(1)].member.weight, 2 << 40);
+    assert!(state.members[&NodeId(4)].member.is_gateway());
+    // Sixteen times as large, one of them does not fit the scale any more.
+    assert_eq!(state.apply(&reweight(&[(1, 16 << 40)])), Outcome::Done);
+    assert_ne!(state.settings.reference_weight, scale);
+}
+
+#[test]
 fn parameters_that_make_no_sense_are_refused() {
     let mut state = formatted(3);
     let with = |change: fn(&mut NewVdi)| {
@@ -360,9 +451,11 @@ fn parameters_that_make_no_sense_are_refused() {
 
 fn any_command() -> impl Strategy<Value = Command> {
     let node = (1_u64..6).prop_map(NodeId);
+    let reweighted = node.clone();
     let name = prop::sample::select(vec!["a", "b", "col34469", "col65874"]);
     let vdi =
         prop::sample::select(vec![0x4f_0e0b_u32, 0x4f_0e0c, 0x4f_0e0d, 0x65_02b4, 1, 2]).prop_map(VdiId::from_low_bits);
+    let alterable = vdi.clone();
     prop_oneof![
         (1_u64..6).prop_map(join),
         node.clone().prop_map(|node| Command::Evict { nodes: vec![node], time: 1 }),
@@ -385,6 +478,9 @@ fn any_command() -> impl Strategy<Value = Command> {
         vdi.clone().prop_map(|vdi| Command::GiveUpRestore { vdi }),
         (vdi, node, 1_u32..4).prop_map(|(vdi, node, generation)| Command::ReleaseLease { vdi, node, generation }),
         Just(Command::ForceRecover { time: 3 }),
+        (prop::option::of(alterable), 0_u8..33).prop_map(|(vdi, copies)| Command::AlterCopies { vdi, copies, time: 5 }),
+        (reweighted, 1_u64..3)
+            .prop_map(|(node, weight)| Command::Reweight { weights: vec![(node, weight << 40)], time: 6 }),
     ]
 }
 
@@ -397,9 +493,10 @@ proptest! {
             let before = state.clone();
             let outcome = state.apply(command);
             prop_assert_eq!(&outcome, &other.apply(command), "the same everywhere");
-            // Invariant 2: one epoch per change of members (a silent restart is two), none otherwise.
+            // Invariant 2: one epoch per change of who holds what (a silent restart is two), none otherwise.
             let steps = state.epoch.get() - before.epoch.get();
-            let moved = state.members != before.members || matches!(command, Command::ForceRecover { .. });
+            let moved = state.members != before.members
+                || matches!(command, Command::ForceRecover { .. } | Command::AlterCopies { .. });
             prop_assert!(steps <= 2 && (steps > 0) == (moved && outcome == Outcome::Done), "{:?}", command);
             prop_assert!(state.clean <= state.epoch && state.clean >= before.clean);
             prop_assert!(state.epoch_record(state.clean).is_some(), "history reaches back to the clean epoch");
@@ -412,6 +509,10 @@ proptest! {
                 let now = &state.vdis[&vdi.id.get()];
                 prop_assert!(!vdi.is_snapshot() || now.snapshot_time == vdi.snapshot_time, "a snapshot stays one");
                 prop_assert!(!vdi.deleted || now.deleted, "what is deleted stays deleted");
+            }
+            for vdi in state.vdis.values() {
+                let root = state.vdis.get(&vdi.chain_root.get()).map(|root| root.copies.now());
+                prop_assert_eq!(Some(vdi.copies.now()), root, "one chain, one number of copies");
             }
             for vdi in state.vdis.values().filter(|vdi| !vdi.deleted && !vdi.is_snapshot()) {
                 let same = state.vdis.values().filter(|other| other.name == vdi.name && !other.deleted);

@@ -3,7 +3,9 @@
 use qemu_proto::oid::{Oid, VdiId};
 use sheep_core::cluster_state::ClusterState;
 use sheep_core::command::Command;
+use sheep_core::copies::Copies;
 use sheep_core::history::{Answer, Decision, History};
+use sheep_core::level::Level;
 use sheep_core::member::{Member, NodeId};
 use sheep_core::placement::{PlacementKey, placement_key};
 use sheep_core::stamp::{Epoch, Stamp, Version};
@@ -11,7 +13,7 @@ use sheep_core::stamp::{Epoch, Stamp, Version};
 const A: u64 = 1;
 const B: u64 = 2;
 const C: u64 = 3;
-const COPIES: u8 = 3;
+const COPIES: Copies = Copies::always(3);
 
 struct Story {
     state: ClusterState,
@@ -25,6 +27,7 @@ impl Story {
         }
         let format = Command::Format { cluster_id: 1, copies: 3, object_size_shift: 22, flags: 0, time: 0 };
         story.state.apply(&format);
+        story.state.apply(&Command::RaiseLevel { level: Level::OURS });
         story
     }
 
@@ -37,6 +40,7 @@ impl Story {
             boot: 0,
             zone: node as u32,
             weight: 100,
+            level: Level::OURS,
         };
         self.state.apply(&Command::Join { member, time: 0 });
     }
@@ -54,7 +58,11 @@ impl Story {
     }
 
     fn may_defer(&self, own: &Answer) -> bool {
-        History::of(&self.state, None).may_defer(own, key(), COPIES)
+        self.may_defer_beside(own, 1)
+    }
+
+    fn may_defer_beside(&self, own: &Answer, min_copies: u8) -> bool {
+        History::of(&self.state, None).may_defer(own, key(), COPIES, min_copies)
     }
 
     fn decide(&self, answers: &[Answer]) -> Decision {
@@ -112,7 +120,7 @@ fn a_stale_copy_is_not_served_while_nobody_of_the_later_epoch_is_heard() {
     assert_eq!(story.decide(&[has(C, 1, stamp(1, 5), 1)]), Decision::Unheard(Epoch(2)));
     let history = History::of(&story.state, None);
     // Objects made in epoch 2 are only on A and B.
-    assert_eq!(history.possibly_out_of_sight(COPIES), Some(Epoch(2)));
+    assert_eq!(history.possibly_out_of_sight(COPIES.now()), Some(Epoch(2)));
     story.joins(A);
     let answers = [has(C, 1, stamp(1, 5), 1), has(A, 2, stamp(2, 1), 1)];
     // Epoch 3 and 4 had B, who is not here: A's word about 2 is not enough.
@@ -154,8 +162,8 @@ fn what_another_era_wrote_is_newer_than_what_the_given_up_majority_went_on_to() 
 #[test]
 fn what_only_one_of_those_who_went_on_has_is_waited_for() {
     let mut story = Story::begin();
-    let one_copy = |story: &Story, answers: &[Answer]| History::of(&story.state, None).decide(key(), 1, answers);
-    let owner = History::of(&story.state, None).holders(key(), 1)[0].get();
+    let one_copy = |story: &Story, answers: &[Answer]| History::of(&story.state, None).decide(key(), 1.into(), answers);
+    let owner = History::of(&story.state, None).holders(key(), 1.into())[0].get();
     let rest: Vec<u64> = [A, B, C].into_iter().filter(|node| *node != owner).collect();
     let (other, gone) = (rest[0], rest[1]);
     story.state.begin_era(&[NodeId(gone)], 0);
@@ -219,11 +227,12 @@ fn who_deferred_writes_is_no_witness_of_them() {
     story.ends_clean();
     story.joins(C);
     let stale = has(C, 1, stamp(1, 5), 1);
-    assert!(story.may_defer(&stale));
+    assert!(story.may_defer(&stale) && story.may_defer_beside(&stale, 2));
     assert!(!story.may_defer(&has(A, 2, stamp(1, 8), 2)), "a steady holder has every write");
     // 4: B dies, A takes more and C defers on; 5: A dies; 6: B is back.
     story.dies(B);
     assert!(story.may_defer(&stale));
+    assert!(!story.may_defer_beside(&stale, 2), "A's would be the only copy that outlasts a crash of C");
     story.dies(A);
     assert_eq!(story.decide(&[stale]), Decision::Unheard(Epoch(2)));
     story.joins(B);
@@ -279,4 +288,49 @@ fn objects_with_one_copy_may_be_out_of_sight_when_any_node_is_missing() {
     let history = History::of(&story.state, None);
     assert_eq!(history.possibly_out_of_sight(1), Some(Epoch(1)));
     assert_eq!(history.possibly_out_of_sight(2), None);
+}
+
+#[test]
+fn the_holders_of_an_epoch_are_those_of_its_number_of_copies() {
+    // One copy in epoch 1, two from 2 on.
+    let mut story = Story::begin();
+    let copies = Copies::always(1).changed(2, Epoch(2));
+    let alter = |vdi, copies, time| Command::AlterCopies { vdi, copies, time };
+    story.state.apply(&alter(None, 2, 0));
+    let history = History::of(&story.state, None);
+    let (first, second) = (history.holders(key(), copies)[0].get(), history.holders(key(), copies)[1].get());
+    let third = [A, B, C].into_iter().find(|node| ![first, second].contains(node)).unwrap();
+    let decide = |story: &Story, answers: &[Answer]| History::of(&story.state, None).decide(key(), copies, answers);
+    let may_defer = |own: &Answer| History::of(&story.state, None).may_defer(own, key(), copies, 1);
+    // The new holder's silence means nothing, and it may defer; the one that had it all along may not.
+    let answers = [has(first, 1, stamp(1, 5), 1), has_nothing(second, 1), has_nothing(third, 1)];
+    assert_eq!(decide(&story, &answers), newest(stamp(1, 5), &[first]));
+    assert!(may_defer(&answers[1]) && !may_defer(&answers[0]));
+    // The only one that had it in epoch 1 goes before the other was brought up to date: it is waited for.
+    story.dies(first);
+    assert_eq!(decide(&story, &[has_nothing(second, 1)]), Decision::Unheard(Epoch(1)));
+    assert_eq!(History::of(&story.state, None).possibly_out_of_sight(copies.fewest(Epoch(1))), Some(Epoch(1)));
+    // Once the epoch had ended clean, either of the two is enough.
+    let mut story = Story::begin();
+    story.state.apply(&alter(None, 2, 0));
+    story.ends_clean();
+    story.dies(first);
+    assert_eq!(decide(&story, &[has(second, 1, stamp(1, 5), 2)]), newest(stamp(1, 5), &[second]));
+    assert_eq!(History::of(&story.state, None).possibly_out_of_sight(copies.fewest(Epoch(2))), None);
+}
+
+#[test]
+fn a_holder_too_many_says_nothing_of_the_epochs_in_which_it_was_none() {
+    // Three copies in epoch 1, one in 2; the superfluous copies are still there.
+    let mut story = Story::begin();
+    let copies = Copies::always(3).changed(1, Epoch(2));
+    story.state.apply(&Command::AlterCopies { vdi: None, copies: 1, time: 0 });
+    let owner = History::of(&story.state, None).holders(key(), copies)[0].get();
+    let other = [A, B, C].into_iter().find(|node| *node != owner).unwrap();
+    story.dies(other);
+    story.joins(other);
+    let answers = [has(owner, 2, stamp(1, 9), 1), has(other, 1, stamp(1, 5), 1)];
+    let history = History::of(&story.state, None);
+    assert_eq!(history.decide(key(), copies, &answers), newest(stamp(1, 9), &[owner]));
+    assert_eq!(history.decide(key(), copies, &answers[1..]), Decision::Unheard(Epoch(2)));
 }

@@ -12,6 +12,8 @@ use sheep_core::stamp::Epoch;
 use tokio::sync::Notify;
 
 use crate::world::Clock;
+use crate::world::marks::{self, Mark};
+use crate::world::planted::{self, Bug};
 
 /// How often a waiting answer looks whether it may leave by now.
 const LOOK_INTERVAL: Duration = Duration::from_millis(50);
@@ -53,7 +55,9 @@ impl Fence {
     pub fn is_open(&self) -> bool {
         let deadline = self.deadline.load(Ordering::Acquire);
         !self.shut.load(Ordering::Acquire)
-            && (deadline == u64::MAX || (self.clock.monotonic().as_nanos() as u64) < deadline)
+            && (deadline == u64::MAX
+                || (planted::is(Bug::OpenFence) && deadline > 0)
+                || (self.clock.monotonic().as_nanos() as u64) < deadline)
     }
 
     /// Waits until answers may leave; gives whether it had to wait.
@@ -61,6 +65,7 @@ impl Fence {
         if self.is_open() {
             return false;
         }
+        marks::hit(Mark::AnswerWaitedForQuorum);
         loop {
             tokio::select! {
                 () = self.moved.notified() => {}
@@ -79,7 +84,10 @@ impl Fence {
 
     /// This process is a member since `epoch`.
     pub fn came_in(&self, epoch: Epoch) {
-        self.since.fetch_max(epoch.get(), Ordering::AcqRel);
+        let before = self.since.fetch_max(epoch.get(), Ordering::AcqRel);
+        if (1..epoch.get()).contains(&before) {
+            marks::hit(Mark::EvictedCameBack);
+        }
     }
 
     /// No answer leaves any more: this process is about to say that it goes, and the others go on at once.
@@ -90,8 +98,11 @@ impl Fence {
     /// Answers may leave until `deadline`, a time of this node's monotonic clock. It never moves back.
     pub fn extend(&self, deadline: Duration) {
         let was_open = self.is_open();
-        self.deadline.fetch_max(deadline.as_nanos() as u64, Ordering::AcqRel);
+        let before = self.deadline.fetch_max(deadline.as_nanos() as u64, Ordering::AcqRel);
         if !was_open && self.is_open() {
+            if before > 0 {
+                marks::hit(Mark::QuorumBack);
+            }
             self.moved.notify_waiters();
         }
     }

@@ -244,7 +244,7 @@ async fn follow(local: Arc<Local>) {
             // Without the order this node must not go on: others may have changed it. Its process ends, its lock goes
             // back, and the survivors take over.
             tracing::error!("lost the cluster's order: {error}");
-            std::process::abort();
+            match local.world.disk.end_process().await {}
         }
     }
 }

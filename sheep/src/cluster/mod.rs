@@ -17,7 +17,7 @@ pub mod quorum;
 use std::sync::Arc;
 
 use sheep_core::cluster_state::ClusterState;
-use sheep_core::command::{Command, Outcome};
+use sheep_core::command::{Command, Outcome, Refusal};
 use sheep_core::member::{Member, NodeId};
 use tokio::sync::watch;
 
@@ -61,8 +61,24 @@ impl Cluster {
         self.state.clone()
     }
 
-    /// Puts a command into the order and gives what it did once it was applied here.
+    /// Puts a command into the order and gives what it did once it was applied here. See [`sheep_core::level`] for what
+    /// happens to one that an earlier version does not know.
     pub async fn propose(&self, command: Command) -> Result<Outcome, OrderError> {
+        let (level, state) = (command.level(), self.state());
+        if level > state.level {
+            if !state.understands(level) {
+                let earlier = state.members.values().filter(|member| member.member.level < level);
+                let earlier: Vec<String> = earlier.map(|member| member.member.id.to_string()).collect();
+                tracing::warn!("refused what an earlier version does not know; update node {}", earlier.join(", "));
+                return Ok(Outcome::Refused(Refusal::EarlierVersion));
+            }
+            // Whoever comes in from here on understands it too. Somebody else may have raised it meanwhile, or a node of an
+            // earlier version come in: that one could not read the command, so it is not ordered.
+            match self.driver.propose(Command::RaiseLevel { level }).await? {
+                Outcome::Done | Outcome::Refused(Refusal::NoEffect) => {}
+                refused => return Ok(refused),
+            }
+        }
         self.driver.propose(command).await
     }
 

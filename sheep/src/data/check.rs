@@ -81,10 +81,14 @@ async fn look(data: &Data, view: &View, oid: Oid) -> Option<Vec<(NodeId, Copy)>>
 
 /// Compares copies of one stamp and has the bad ones replaced.
 async fn judge(data: &Data, view: &View, oid: Oid, copies: &[(NodeId, Copy)]) -> Option<CheckResult> {
-    let best = majority(copies)?;
+    let best = majority(copies);
+    if best.is_none() && !copies.iter().any(|(_, copy)| *copy == Copy::Damaged) {
+        return None;
+    }
+    // If all are damaged they are mended all the same: not in the same places, perhaps.
     let mut result = CheckResult { wanted: copies.len() as u32, ..CheckResult::default() };
     for (node, copy) in copies {
-        if *copy == best {
+        if best.as_ref() == Some(copy) {
             result.good += 1;
             continue;
         }

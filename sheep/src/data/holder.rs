@@ -11,11 +11,14 @@
 //!    connection, and once one is parked every later one to the same object is parked behind it.
 //! 2. Nothing of an older epoch is accepted, and nothing of an older lease generation than one that has written.
 //! 3. A foreign reader (not the lease holder) sees only what is on all holders, so what it saw cannot be taken back by a
-//!    crash.
-//! 4. While an object has deferred writes, nothing this node says of it, now or after a crash, counts as if its copy had
+//!    crash. It waits for the writer's word on that, or, when the writer's lease is over, has the copies compared.
+//! 4. A map is not read for somebody who takes a deleted VDI for one that exists, or a snapshot for a working VDI. No write is
+//!    taken under a lease that this node does not know of yet (`peer` waits): so what came before the lease is known with it.
+//! 5. While an object has deferred writes, nothing this node says of it, now or after a crash, counts as if its copy had
 //!    taken what the current epoch wrote (`History::may_defer`): its version gets the current epoch with the last of
 //!    them, not before. Deferred writes are always the first of those parked for an object.
 
+use std::cmp::Ordering;
 use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -24,13 +27,18 @@ use qemu_proto::oid::{Oid, VdiId};
 use sheep_core::cluster_state::ClusterState;
 use sheep_core::history::Answer;
 use sheep_core::member::NodeId;
-use sheep_core::peer_message::{FLAG_COPY, FLAG_CREATE, FLAG_DURABLE, PeerKind, PeerRequest, Verdict};
+use sheep_core::peer_message::{
+    FLAG_AGAIN, FLAG_COPY, FLAG_CREATE, FLAG_DRAINED, FLAG_DURABLE, FLAG_LIVE, FLAG_WORKING, PeerKind, PeerRequest,
+    Verdict,
+};
 use sheep_core::stamp::{Epoch, Stamp, Version};
 use sheep_core::write_fate::{Fate, WriteFates};
 use tokio::sync::{Notify, oneshot, watch};
 
 use super::view::View;
 use crate::store::{Durability, Permit, ReadError, Store, SubmitError, Ticket, Write, WriteKind};
+use crate::world::marks::{self, Mark};
+use crate::world::planted::{self, Bug};
 
 /// The copies of one node. Shared by the gateway of the same node and by the connections of all others.
 pub struct Holder {
@@ -166,33 +174,40 @@ pub struct Damaged;
 pub enum Pending {
     /// Decided already.
     Now(Verdict),
-    /// In the store's journal; if that fails, the sender tells the node.
-    Ticket(Ticket, Arc<watch::Sender<Option<String>>>),
+    /// In the store's journal, over what had this stamp; if that fails, the sender tells the node.
+    Ticket(Ticket, Stamp, Arc<watch::Sender<Option<String>>>),
     /// Waiting for its object to become current.
     Parked(oneshot::Receiver<Pending>),
 }
 
 impl Pending {
-    /// Waits for the end.
-    pub async fn finish(mut self) -> Verdict {
-        loop {
-            match self {
-                Pending::Now(verdict) => return verdict,
-                Pending::Ticket(ticket, failure) => match ticket.await {
-                    Ok(()) => return Verdict::Ok,
-                    Err(error) => {
-                        // This node leaves with its store; the write is for the holders of the next epoch. Until then
-                        // its gateway must neither think it done nor tell its client that it failed.
-                        failure.send_replace(Some(error.to_string()));
-                        return std::future::pending().await;
-                    }
-                },
-                Pending::Parked(receiver) => match receiver.await {
-                    Ok(next) => self = next,
+    /// How it ended, if that is known already, and the stamp of the copy before it.
+    pub fn decided(&self) -> Option<(Verdict, Stamp)> {
+        match self {
+            Pending::Now(verdict) => Some((*verdict, Stamp::default())),
+            Pending::Ticket(ticket, before, _) => ticket.is_success().then_some((Verdict::Ok, *before)),
+            Pending::Parked(_) => None,
+        }
+    }
+
+    /// Calls back with the end, and with the stamp of the copy before it, if this was written; as [`Ticket::then`] not on the
+    /// stack of the caller.
+    pub fn then(self, call: impl FnOnce(Verdict, Stamp) + Send + 'static) {
+        match self {
+            Pending::Ticket(ticket, before, failure) => ticket.then(move |outcome| match outcome {
+                Ok(()) => call(Verdict::Ok, before),
+                // This node leaves with its store; the write is for the holders of the next epoch. Until then its gateway
+                // must neither think it done nor tell its client that it failed: it hears nothing.
+                Err(error) => drop(failure.send_replace(Some(error.to_string()))),
+            }),
+            Pending::Now(verdict) => drop(tokio::spawn(async move { call(verdict, Stamp::default()) })),
+            Pending::Parked(receiver) => drop(tokio::spawn(async move {
+                match receiver.await {
+                    Ok(next) => next.then(call),
                     // The epoch it was sent in is over.
-                    Err(_) => return Verdict::OldEpoch,
-                },
-            }
+                    Err(_) => call(Verdict::OldEpoch, Stamp::default()),
+                }
+            })),
         }
     }
 }
@@ -284,6 +299,9 @@ impl Holder {
         }
         // A process that just started knows of no writer; the others tell it of those that were lost.
         let lost = if took_part { lost_writers(&state.view.state, &view.state) } else { HashSet::new() };
+        if !lost.is_empty() {
+            marks::hit(Mark::WriterLost);
+        }
         let mut told = Vec::new();
         for (vdi, marks) in &mut state.marks {
             let held = view.state.leases.get(&vdi.get()).is_some_and(|lease| {
@@ -293,6 +311,9 @@ impl Holder {
             if !held || lost.contains(vdi) {
                 told.extend(marks.take_unsettled());
             }
+        }
+        if planted::is(Bug::ForgottenSuspects) {
+            told.clear();
         }
         state.suspects.extend(told.iter().copied());
         state.told = told;
@@ -391,6 +412,19 @@ impl Holder {
         self.confirm_as(oid, epoch, true)
     }
 
+    /// Notes that a copy which `epoch` puts on other nodes has everything that was written up to `as_of`. Durable before
+    /// what is submitted later.
+    pub fn keep_as_of(&self, oid: Oid, as_of: Epoch, epoch: Epoch) {
+        let state = self.state();
+        if state.view.epoch() == epoch
+            && let Some(entry) = self.store.entry(oid)
+            && entry.version.epoch < as_of
+        {
+            marks::hit(Mark::StrayKept);
+            drop(self.store.confirm(oid, Version { epoch: as_of, stamp: entry.version.stamp }));
+        }
+    }
+
     fn confirm_as(&self, oid: Oid, epoch: Epoch, durably: bool) -> bool {
         let mut state = self.state();
         if state.view.epoch() != epoch {
@@ -446,7 +480,7 @@ impl Holder {
                 }
                 pending => {
                     // Nobody waits for it, but a device that fails must be told.
-                    tokio::spawn(pending.finish());
+                    pending.then(|_, _| ());
                 }
             }
             left -= 1;
@@ -570,6 +604,12 @@ impl Holder {
         state.suspects.contains(&oid) || state.unsure.contains(&oid.vid())
     }
 
+    /// Whether a removal waits for the object to become current.
+    pub fn is_being_removed(&self, oid: Oid) -> bool {
+        let state = self.state();
+        state.parked.get(&oid).is_some_and(|parked| parked.iter().any(|parked| parked.request.kind == PeerKind::Remove))
+    }
+
     /// Whether this node is about to run out of space: gateways stop sending writes before one has to be refused.
     pub fn is_nearly_full(&self) -> bool {
         self.store.is_nearly_full()
@@ -636,6 +676,7 @@ impl Holder {
             // Refusing it here while other holders take it would leave the copies different: it waits for space.
             Pending::Now(Verdict::NoSpace) => {
                 tracing::error!("no space for a write to object {}: it waits; free space or add a disk", request.oid);
+                marks::hit(Mark::WriteWaitsForSpace);
                 let (answer, receiver) = oneshot::channel();
                 let parked = Parked { request: *request, data, answer: Some(answer) };
                 state.parked.entry(request.oid).or_default().push_back(parked);
@@ -655,11 +696,13 @@ impl Holder {
             // A copy: the payload is a slice of a receive buffer that is many times as large.
             let data = Bytes::copy_from_slice(&data);
             state.parked.entry(oid).or_default().push_back(Parked { request: *request, data, answer: None });
+            marks::hit(Mark::WriteDeferred);
             let wanted = if last_was_deferred.is_none() { Wanted::InTurn(oid) } else { Wanted::Nothing };
             return (Pending::Now(Verdict::Deferred), wanted);
         }
         let (answer, receiver) = oneshot::channel();
         state.parked.entry(oid).or_default().push_back(Parked { request: *request, data, answer: Some(answer) });
+        marks::hit(Mark::WriteParked);
         // Whoever was the first to wait has had it wanted; a copy wants its source as well.
         let first_to_wait = last_was_deferred != Some(false);
         let wanted = if first_to_wait || request.has(FLAG_COPY) { Wanted::Now(oid) } else { Wanted::Nothing };
@@ -683,7 +726,9 @@ impl Holder {
         let Some(at) = state.view.locate(oid) else { return false };
         let version = self.store.entry(oid).map(|entry| entry.version);
         let own = Answer { node: self.node, version, clean_through: self.store.clean_through() };
-        !is_current(state, self.node, oid) && state.view.history.may_defer(&own, at.key, at.copies)
+        // What is in the memory of this node is no copy that outlasts it.
+        let min_copies = state.view.state.min_copies(at.copies.now());
+        !is_current(state, self.node, oid) && state.view.history.may_defer(&own, at.key, at.copies, min_copies)
     }
 
     fn waits_for(&self, state: &State, request: &PeerRequest) -> Option<Oid> {
@@ -703,19 +748,21 @@ impl Holder {
     }
 
     fn refuse(state: &mut State, request: &PeerRequest) -> Option<Verdict> {
-        if request.epoch != state.view.epoch() || state.wiping {
+        if (request.epoch != state.view.epoch() && !planted::is(Bug::OldEpoch)) || state.wiping {
             return Some(Verdict::OldEpoch);
         }
         let vdi = request.oid.vid();
         let known = state.view.state.leases.get(&vdi.get()).map_or(0, |lease| lease.generation);
         let marks = state.marks.entry(vdi).or_default();
-        if request.stamp.generation < known.max(marks.generation) {
+        if request.stamp.generation < known.max(marks.generation) && !planted::is(Bug::OldLease) {
             return Some(Verdict::Fenced);
         }
         if request.stamp.generation > marks.generation {
-            // The lease changed hands after the last holder's writes were drained (or compared, if it died). Should any
-            // be left, they are compared like those of a dead one.
-            let left: Vec<Oid> = marks.take_unsettled().collect();
+            // The lease changed hands after the last holder's writes were drained (or compared, if it died). Its last mark may
+            // come later than the first write of the next one, who then says so. Should any be left otherwise, they are
+            // compared like those of a dead one.
+            let drained = request.has(FLAG_DRAINED) && request.stamp.generation == marks.generation + 1;
+            let left: Vec<Oid> = marks.take_unsettled().filter(|_| !drained).collect();
             let generation = request.stamp.generation;
             *marks = Marks {
                 generation: request.stamp.generation,
@@ -733,10 +780,11 @@ impl Holder {
 
     fn submit(&self, state: &mut State, request: &PeerRequest, data: Bytes, permit: Permit) -> Pending {
         let version = Version { epoch: request.epoch, stamp: request.stamp };
-        let before = self.store.entry(request.oid).map(|entry| entry.version.stamp);
-        let before = before.or_else(|| state.fates.removal(request.oid.raw()));
-        if let Some(before) = before.filter(|before| before.generation < request.stamp.generation) {
-            state.fates.generation_ends(request.oid.raw(), before);
+        let here = self.store.entry(request.oid).map(|entry| entry.version.stamp);
+        let before = here.or_else(|| state.fates.removal(request.oid.raw()));
+        let here = here.unwrap_or_default();
+        if let Some(before) = before.filter(|before| ends_stint(*before, request)) {
+            state.fates.stint_ends(request.oid.raw(), before);
         }
         if request.kind == PeerKind::Remove || request.has(FLAG_CREATE) {
             // Whatever was damaged is replaced.
@@ -745,7 +793,7 @@ impl Holder {
         if request.kind == PeerKind::Remove {
             note_write(state, request);
             state.fates.was_removed(request.oid.raw(), request.stamp);
-            return Pending::Ticket(self.store.remove(request.oid, version), self.failure.clone());
+            return Pending::Ticket(self.store.remove(request.oid, version), here, self.failure.clone());
         }
         let kind = if request.has(FLAG_COPY) {
             WriteKind::CopyOf { source: request.source, size_bytes: request.object_bytes }
@@ -759,9 +807,9 @@ impl Holder {
         match self.store.submit(permit, write) {
             Ok(ticket) => {
                 note_write(state, request);
-                Pending::Ticket(ticket, self.failure.clone())
+                Pending::Ticket(ticket, here, self.failure.clone())
             }
-            Err(SubmitError::Stopped(error)) => Pending::Ticket(Ticket::failed(error), self.failure.clone()),
+            Err(SubmitError::Stopped(error)) => Pending::Ticket(Ticket::failed(error), here, self.failure.clone()),
             Err(error) => Pending::Now(verdict_of(&error)),
         }
     }
@@ -790,10 +838,27 @@ impl Holder {
         self.state().fates.was_replaced(oid.raw(), now);
     }
 
+    /// Removes a copy that belongs elsewhere, if `epoch` is the present one and ended clean: in the next one it may belong here
+    /// again, and then it must not go after it was compared.
+    pub fn remove_stray(&self, oid: Oid, epoch: Epoch) -> Option<Ticket> {
+        let state = self.state();
+        let is_over = state.view.epoch() != epoch || state.view.state.clean != epoch;
+        if is_over || state.view.locate(oid).is_none() || holds_now(&state, self.node, oid) {
+            return None;
+        }
+        let last = Version { epoch, stamp: Stamp { generation: u32::MAX, sequence: u64::MAX } };
+        Some(self.store.remove(oid, last))
+    }
+
+    /// This node's part ends: see [`Holder::failed`].
+    pub fn fail(&self, reason: String) {
+        self.failure.send_replace(Some(reason));
+    }
+
     /// Makes everything written so far durable. A failure is the end of this node's part; see [`Holder::failed`].
     pub async fn flush(&self) -> Result<(), Verdict> {
         self.store.flush().await.map_err(|error| {
-            self.failure.send_replace(Some(error.to_string()));
+            self.fail(error.to_string());
             Verdict::Failed
         })
     }
@@ -801,10 +866,16 @@ impl Holder {
     /// Completes when the store takes nothing any more, with the reason.
     pub async fn failed(&self) -> String {
         let mut failures = self.failure.subscribe();
-        match failures.wait_for(Option::is_some).await.map(|reason| reason.clone()) {
-            Ok(Some(reason)) => reason,
-            // The sender lives as long as this.
-            _ => std::future::pending().await,
+        let refused = async {
+            match failures.wait_for(Option::is_some).await.map(|reason| reason.clone()) {
+                Ok(Some(reason)) => reason,
+                // The sender lives as long as this.
+                _ => std::future::pending().await,
+            }
+        };
+        tokio::select! {
+            reason = refused => reason,
+            reason = self.store.failed() => reason,
         }
     }
 
@@ -820,6 +891,11 @@ impl Holder {
         }
     }
 
+    /// Whether a write is under a lease that was ordered, and that this node does not know of yet.
+    pub fn is_behind(&self, request: &PeerRequest) -> bool {
+        !self.state().view.knows_lease(request.oid.vid(), request.stamp.generation) && !planted::is(Bug::ReaderBehind)
+    }
+
     /// Reads if this node's copy is current; `NotCurrent` otherwise.
     pub async fn read(&self, request: &PeerRequest) -> Result<Bytes, Verdict> {
         self.await_settled(request).await?;
@@ -827,6 +903,9 @@ impl Holder {
         let read = self.store.read(request.oid, request.offset, request.length as usize).await;
         // A write may have come in between: what was read of it must be on all holders before it is told.
         self.await_settled(request).await?;
+        if is_outdated(&self.state(), request) {
+            return Err(Verdict::Outdated);
+        }
         read.map_err(|error| Self::read_failed(request.oid, &error))
     }
 
@@ -846,6 +925,7 @@ impl Holder {
             state.view.epoch() == request.epoch
                 && is_current(&state, self.node, request.oid)
                 && !unsettled(&state, request)
+                && !is_outdated(&state, request)
         };
         if !fit() {
             return None;
@@ -868,12 +948,15 @@ impl Holder {
         loop {
             let changed = self.changed.notified();
             {
-                let state = self.state();
+                let mut state = self.state();
                 if state.view.epoch() != request.epoch {
                     return Err(Verdict::OldEpoch);
                 }
                 if !unsettled(&state, request) {
                     return Ok(());
+                }
+                if doubt_if_over(&mut state, request.oid) {
+                    return Err(Verdict::NotCurrent);
                 }
             }
             changed.await;
@@ -923,10 +1006,42 @@ fn is_current(state: &State, node: NodeId, oid: Oid) -> bool {
     state.view.locate(oid).is_some_and(|at| state.view.history.held(node, previous, at.key, at.copies))
 }
 
+/// Whether the reader of a map takes its VDI for what it is no longer.
+fn is_outdated(state: &State, request: &PeerRequest) -> bool {
+    if !request.has(FLAG_LIVE) || planted::is(Bug::ReaderBehind) {
+        return false;
+    }
+    let vdi = state.view.state.vdis.get(&request.oid.vid().get());
+    vdi.is_some_and(|vdi| vdi.deleted || (request.has(FLAG_WORKING) && vdi.is_snapshot()))
+}
+
 /// Whether the reader is not the writer and the object has a write that may not be on all holders.
 fn unsettled(state: &State, request: &PeerRequest) -> bool {
+    if planted::is(Bug::UnsettledReads) {
+        return false;
+    }
     let marks = state.marks.get(&request.oid.vid());
     marks.is_some_and(|marks| marks.writer != Some(request.sender) && marks.last_write.contains_key(&request.oid))
+}
+
+/// If the lease of an unsettled write is over, as that of a volume that was deleted or frozen under its writer, nobody may ever
+/// say that the write is on all holders: then the object is compared with theirs.
+fn doubt_if_over(state: &mut State, oid: Oid) -> bool {
+    let granted = state.view.state.leases.get(&oid.vid().get()).copied();
+    let Some(marks) = state.marks.get_mut(&oid.vid()) else { return false };
+    let goes_on = granted.is_some_and(|lease| match lease.generation.cmp(&marks.generation) {
+        Ordering::Less => true,
+        Ordering::Equal => lease.holder.is_some(),
+        Ordering::Greater => false,
+    });
+    if goes_on {
+        return false;
+    }
+    if let Some(sequence) = marks.last_write.remove(&oid) {
+        marks.unsettled.remove(&sequence);
+    }
+    state.suspects.insert(oid);
+    true
 }
 
 fn note_write(state: &mut State, request: &PeerRequest) {
@@ -935,6 +1050,12 @@ fn note_write(state: &mut State, request: &PeerRequest) {
     {
         marks.note_write(request.stamp.sequence, request.oid);
     }
+}
+
+/// Whether somebody may ask later for the writes up to the stamp at which a copy takes a write: the gateway of that write had others
+/// under way then, or may have been another one. After most rounds nothing was, and there is nothing to remember.
+fn ends_stint(before: Stamp, request: &PeerRequest) -> bool {
+    before.stint() < request.stamp.stint() && (before.generation < request.stamp.generation || request.has(FLAG_AGAIN))
 }
 
 /// Whether a write changes some bytes of an object and leaves the others.

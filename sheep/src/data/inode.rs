@@ -15,11 +15,15 @@ use qemu_proto::inode::{
 };
 use qemu_proto::oid::{Oid, VdiId};
 use sheep_core::command::{Command, Outcome, Refusal, VdiEdit};
+use sheep_core::stamp::Stamp;
 use sheep_core::vdi::Vdi;
 
 use super::Data;
 use super::gateway::write::{Base, ObjectWrite, write, write_under};
 use super::gateway::{ReadFailure, WriteError, lease_table, read};
+
+/// Maps up to this are read many at once; that of a larger one takes longer than its way to a disk thread.
+const SMALL_MAP_BYTES: usize = 64 << 10;
 
 /// Why an inode could not be read or written.
 #[derive(Debug, thiserror::Error)]
@@ -61,7 +65,7 @@ pub fn header_of(vdi: &Vdi) -> InodeHeader {
         vm_clock_nsec: vdi.vm_clock_ns,
         vdi_size: if vdi.deleted { 0 } else { vdi.size_bytes },
         vm_state_size: vdi.vm_state_bytes,
-        nr_copies: vdi.copies,
+        nr_copies: vdi.copies.now(),
         block_size_shift: vdi.object_size_shift,
         snap_id: vdi.snapshot_id,
         vdi_id: vdi.id.get(),
@@ -106,17 +110,33 @@ pub async fn read_inode(data: &Data, id: VdiId, offset: u64, length: usize) -> R
 
 /// Reads a part of the map: of the VDI itself or, if it has none yet, of the nearest ancestor that has.
 async fn read_map(data: &Data, id: VdiId, offset: u64, length: usize) -> Result<Bytes, ReadFailure> {
-    let mut at = Some(id);
-    while let Some(id) = at {
-        if let Some(bytes) = read::read_now(data, Oid::inode(id), offset, length) {
+    loop {
+        let mut passed_deleted = false;
+        let mut at = Some(id);
+        let bytes = loop {
+            let Some(next) = at else { break BytesMut::zeroed(length).freeze() };
+            if let Some(bytes) = read::read_now(data, Oid::inode(next), offset, length) {
+                break bytes;
+            }
+            match read::read(data, Oid::inode(next), offset, length).await {
+                Err(ReadFailure::Missing) => {
+                    let vdi = data.view().state.vdis.get(&next.get()).cloned();
+                    passed_deleted |= vdi.as_ref().is_some_and(|vdi| vdi.deleted);
+                    at = vdi.and_then(|vdi| vdi.parent);
+                }
+                other => break other?,
+            }
+        };
+        // The map of a deleted ancestor may have gone after this VDI's own was missed: it was given one before.
+        if !passed_deleted || !is_made(data, id).await? {
             return Ok(bytes);
         }
-        match read::read(data, Oid::inode(id), offset, length).await {
-            Err(ReadFailure::Missing) => at = data.view().state.vdis.get(&id.get()).and_then(|vdi| vdi.parent),
-            other => return other,
-        }
     }
-    Ok(BytesMut::zeroed(length).freeze())
+}
+
+/// Whether a VDI has a map of its own.
+async fn is_made(data: &Data, id: VdiId) -> Result<bool, ReadFailure> {
+    Ok(!is_gone(data, Oid::inode(id)).await?)
 }
 
 /// One entry of the map: the VDI that owns the object at an index, if there is one.
@@ -144,6 +164,25 @@ pub async fn whole_map(data: &Data, id: VdiId) -> Result<Vec<u32>, InodeError> {
     Ok(map_entries(&bytes).collect())
 }
 
+/// As [`whole_map`], if this node has it in memory, it is not large, and nothing has to be waited for.
+pub fn whole_map_now(data: &Data, id: VdiId) -> Option<Vec<u32>> {
+    let length = small_map_bytes(data, id)?;
+    let bytes = read::read_now(data, Oid::inode(id), map_offset(0), length)?;
+    Some(map_entries(&bytes).collect())
+}
+
+fn small_map_bytes(data: &Data, id: VdiId) -> Option<usize> {
+    let length = find(data, id).ok()?.object_count() as usize * MAP_ENTRY_BYTES;
+    (1..=SMALL_MAP_BYTES).contains(&length).then_some(length)
+}
+
+/// Brings the maps of VDIs into memory, as far as they are on this node and not large: for [`whole_map_now`].
+pub async fn warm_maps(data: &Data, ids: impl Iterator<Item = VdiId>) {
+    let Some(holder) = data.holder() else { return };
+    let part = |id: VdiId| Some((Oid::inode(id), map_offset(0), small_map_bytes(data, id)?));
+    holder.store().warm(ids.filter_map(part).collect()).await;
+}
+
 /// Writes any part of an inode, by the rules that keep clients with stale copies from doing harm.
 pub async fn write_inode(
     data: &Data,
@@ -158,7 +197,7 @@ pub async fn write_inode(
     }
     if payload.is_empty() {
         // QEMU sends a flush that its connection lost once more in this form.
-        super::flush::flush(data).await?;
+        super::flush::flush(data, Some(id)).await?;
         return Ok(());
     }
     if offset < HEADER_BYTES as u64 {
@@ -235,12 +274,20 @@ async fn write_map(data: &Data, id: VdiId, offset: u64, payload: Bytes, writer: 
             return Err(InodeError::Invalid);
         }
         let new = new.freeze();
-        // Nobody else refers to an object of a working VDI.
-        let pairs = touched.clone().zip(map_entries(&old).zip(map_entries(&new)));
-        let dropped: Vec<u32> = pairs
-            .filter(|(_, (before, after))| *before == id.get() && after != before)
-            .map(|(index, _)| index)
-            .collect();
+        let mut dropped = Vec::new();
+        let mut released = Vec::new();
+        for (index, (before, after)) in touched.clone().zip(map_entries(&old).zip(map_entries(&new))) {
+            match VdiId::new(before).filter(|before| before.get() != 0 && before.get() != after) {
+                // Nobody else refers to an object of a working VDI.
+                Some(before) if before == id => dropped.push(index),
+                Some(before) => released.push(Oid::data(before, index)),
+                None => {}
+            }
+            // A client that was away for long may name what was taken for the remains of a crash (`sweep`).
+            if after == id.get() && before != after && is_gone(data, Oid::data(id, index)).await? {
+                return Err(WriteError::Missing.into());
+            }
+        }
         for index in &dropped {
             lease.note_mapped(*index, false);
         }
@@ -254,7 +301,18 @@ async fn write_map(data: &Data, id: VdiId, offset: u64, payload: Bytes, writer: 
             // Gone before the answer, so that a later creation of the same object cannot be hit by it.
             drop_unmapped(data, id, index, lease.generation).await?;
         }
+        for oid in released {
+            data.note_released(oid);
+        }
         return Ok(());
+    }
+}
+
+async fn is_gone(data: &Data, oid: Oid) -> Result<bool, ReadFailure> {
+    match read::read(data, oid, 0, 0).await {
+        Ok(_) => Ok(false),
+        Err(ReadFailure::Missing) => Ok(true),
+        Err(error) => Err(error),
     }
 }
 
@@ -304,10 +362,8 @@ async fn put_map(
 ) -> Result<(), InodeError> {
     let oid = Oid::inode(id);
     let object = ObjectWrite { oid, offset, data: payload, base: Base::Existing, durable };
-    match read::read(data, oid, 0, 0).await {
-        Ok(_) => return Ok(write_under(data, &object, generation).await?),
-        Err(ReadFailure::Missing) => {}
-        Err(error) => return Err(error.into()),
+    if is_made(data, id).await? {
+        return Ok(write_under(data, &object, generation).await?);
     }
     let object = match nearest_map(data, id).await? {
         None => ObjectWrite { base: Base::Zeros, ..object },
@@ -328,14 +384,16 @@ async fn put_map(
 
 /// Makes sure that a VDI has a map of its own, so that its ancestors' may go.
 pub async fn materialise(data: &Data, id: VdiId) -> Result<(), InodeError> {
+    // Without the lease first: somebody may be writing under it.
+    if is_made(data, id).await? {
+        return Ok(());
+    }
     let turn = data.inode_turns().turn(Oid::inode(id));
     let _one_at_a_time = turn.lock().await;
     loop {
         let generation = lease_table::acquire(data, id).await?.generation;
-        match read::read(data, Oid::inode(id), 0, 0).await {
-            Ok(_) => return Ok(()),
-            Err(ReadFailure::Missing) => {}
-            Err(error) => return Err(error.into()),
+        if is_made(data, id).await? {
+            return Ok(());
         }
         let entry = read_map(data, id, map_offset(0), MAP_ENTRY_BYTES).await?;
         match put_map(data, id, map_offset(0), entry, true, generation).await {
@@ -350,11 +408,10 @@ async fn nearest_map(data: &Data, id: VdiId) -> Result<Option<VdiId>, ReadFailur
     let parent_of = |id: VdiId| data.view().state.vdis.get(&id.get()).and_then(|vdi| vdi.parent);
     let mut at = parent_of(id);
     while let Some(id) = at {
-        match read::read(data, Oid::inode(id), 0, 0).await {
-            Ok(_) => return Ok(Some(id)),
-            Err(ReadFailure::Missing) => at = parent_of(id),
-            Err(error) => return Err(error),
+        if is_made(data, id).await? {
+            return Ok(Some(id));
         }
+        at = parent_of(id);
     }
     Ok(None)
 }
@@ -370,6 +427,29 @@ pub async fn discard(data: &Data, oid: Oid, durable: bool, strict: bool) -> Resu
         return Ok(());
     }
     write_map(data, oid.vid(), map_offset(oid.index()), Bytes::from_static(&[0; MAP_ENTRY_BYTES]), writer).await
+}
+
+/// Whether an object of a volume that was written under a lease generation, and that the map does not name, may be about to be
+/// named: whoever made it may still be there.
+pub fn may_be_named(data: &Data, id: VdiId, generation: u32) -> bool {
+    let granted = data.view().state.leases.get(&id.get()).copied();
+    granted.is_some_and(|granted| granted.holder.is_some() && granted.generation <= generation)
+}
+
+/// Removes an object of a volume, unless the map names it or it is not as it was `seen` any more; tells whether it was removed.
+/// Creators that name what they make under the lease are waited for; others must have had their time.
+pub async fn drop_orphan(data: &Data, oid: Oid, seen: Stamp) -> Result<bool, InodeError> {
+    let id = oid.vid();
+    // As in `discard`.
+    let turn = data.inode_turns().turn(oid);
+    let _no_creator = turn.lock().await;
+    let hold = lease_table::hold(data, id).await?;
+    let now = data.holder().and_then(|holder| holder.store().entry(oid));
+    if now.is_none_or(|now| now.version.stamp != seen) || map_entry(data, id, oid.index()).await? == Some(id) {
+        return Ok(false);
+    }
+    let removal = ObjectWrite { oid, offset: 0, data: Bytes::new(), base: Base::Removal, durable: true };
+    Ok(write_under(data, &removal, hold.lease.generation).await.map(|()| true)?)
 }
 
 /// Removes an object from all its holders.

@@ -1,11 +1,12 @@
 //! Floor 4: the data path. Carries requests to copies and keeps the copies up to date; knows no client protocol.
 //!
 //! `gateway` is the requesting side, `holder` and `peer` the keeping side, `recovery` what happens after a change of
-//! members, `view_change` the one place that reacts to the ordered state. `volumes`, `inode`, `reclaim`, `check` and
-//! `flush` are what front ends ask for.
+//! members, `view_change` the one place that reacts to the ordered state. `volumes`, `inode`, `reclaim`, `sweep`, `check`,
+//! `flatten`, `shrink`, `throttle` and `flush` are what front ends ask for.
 
 pub mod attributes;
 pub mod check;
+pub mod flatten;
 pub mod flush;
 pub mod gateway;
 pub mod holder;
@@ -15,19 +16,25 @@ pub mod peer;
 pub mod reclaim;
 pub mod recovery;
 pub mod report;
+pub mod shares;
+pub mod shrink;
+pub mod sweep;
+pub mod throttle;
 pub mod traffic;
+pub mod unflushed;
 pub mod view;
 pub mod view_change;
 pub mod virtual_disk;
 pub mod volumes;
 
-use std::sync::Arc;
+use std::collections::BTreeSet;
+use std::sync::{Arc, PoisonError};
 use std::time::Duration;
 
 use bytes::Bytes;
-use qemu_proto::oid::Oid;
+use qemu_proto::oid::{Oid, VdiId};
 use sheep_core::member::NodeId;
-use sheep_core::peer_message::{PeerKind, PeerRequest};
+use sheep_core::peer_message::{PeerKind, PeerRequest, Verdict};
 use sheep_core::stamp::Epoch;
 use tokio::sync::watch;
 
@@ -39,7 +46,9 @@ use gateway::lease_table::LeaseTable;
 use holder::{Holder, Wanted};
 use links::Links;
 use recovery::{Progress, Turns};
+use throttle::Throttles;
 use traffic::Traffic;
+use unflushed::Unflushed;
 use view::View;
 
 /// The data path of one node. Cloning it is cheap.
@@ -58,8 +67,16 @@ struct Inner {
     leases: LeaseTable,
     progress: Progress,
     traffic: Arc<Traffic>,
+    throttles: Throttles,
+    unflushed: Unflushed,
     turns: Turns,
     inode_turns: Turns,
+    /// See `note_released`.
+    released: std::sync::Mutex<BTreeSet<Oid>>,
+    /// Objects whose copies were all mended because of a read, and in which epoch: what is damaged still is damaged everywhere.
+    mended: std::sync::Mutex<(Epoch, BTreeSet<Oid>)>,
+    /// See `note_reclaimed`.
+    reclaimed: watch::Sender<BTreeSet<VdiId>>,
     /// Number of the view whose state the store keeps.
     saved: tokio::sync::Mutex<u64>,
 }
@@ -80,8 +97,13 @@ impl Data {
             leases: LeaseTable::default(),
             progress: Progress::default(),
             traffic: Arc::default(),
+            throttles: Throttles::default(),
+            unflushed: Unflushed::default(),
             turns: Turns::default(),
             inode_turns: Turns::default(),
+            released: std::sync::Mutex::default(),
+            mended: std::sync::Mutex::default(),
+            reclaimed: watch::channel(BTreeSet::new()).0,
             saved: tokio::sync::Mutex::new(0),
         };
         Data { inner: Arc::new(inner) }
@@ -135,12 +157,64 @@ impl Data {
         &self.inner.traffic
     }
 
+    /// What limits of volumes did here.
+    pub fn throttles(&self) -> &Throttles {
+        &self.inner.throttles
+    }
+
+    pub(crate) fn unflushed(&self) -> &Unflushed {
+        &self.inner.unflushed
+    }
+
     pub(crate) fn turns(&self) -> &Turns {
         &self.inner.turns
     }
 
     pub(crate) fn saved(&self) -> &tokio::sync::Mutex<u64> {
         &self.inner.saved
+    }
+
+    /// Notes that a map stopped naming an object that is not its VDI's own; see `reclaim`.
+    pub(crate) fn note_released(&self, oid: Oid) {
+        self.inner.released.lock().unwrap_or_else(PoisonError::into_inner).insert(oid);
+    }
+
+    /// What was noted since the last call.
+    pub(crate) fn take_released(&self) -> BTreeSet<Oid> {
+        std::mem::take(&mut *self.inner.released.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// Whether a read is the first in an epoch to find all copies of an object damaged.
+    pub(crate) fn first_mend(&self, oid: Oid, epoch: Epoch) -> bool {
+        let mut mended = self.inner.mended.lock().unwrap_or_else(PoisonError::into_inner);
+        if mended.0 != epoch {
+            *mended = (epoch, BTreeSet::new());
+        }
+        mended.1.insert(oid)
+    }
+
+    /// Notes that VDIs were reclaimed; see `sweep`.
+    pub(crate) fn note_reclaimed(&self, vdis: impl IntoIterator<Item = VdiId>) {
+        let mut vdis = vdis.into_iter().peekable();
+        if vdis.peek().is_some() {
+            self.inner.reclaimed.send_modify(|noted| noted.extend(vdis));
+        }
+    }
+
+    /// What was noted since the last call.
+    pub(crate) fn take_reclaimed(&self) -> BTreeSet<VdiId> {
+        let mut taken = BTreeSet::new();
+        self.inner.reclaimed.send_if_modified(|noted| {
+            taken = std::mem::take(noted);
+            false
+        });
+        taken
+    }
+
+    /// Waits until something is noted.
+    pub(crate) async fn await_reclaimed(&self) {
+        // The sender lives as long as this.
+        let _ = self.inner.reclaimed.subscribe().wait_for(|noted| !noted.is_empty()).await;
     }
 
     pub(crate) fn inode_turns(&self) -> &Turns {
@@ -212,23 +286,23 @@ impl Data {
     }
 
     /// Replaces this node's damaged copy by another node's.
-    pub(crate) async fn repair_here(&self, oid: Oid, epoch: Epoch) {
-        let Some(holder) = self.holder() else { return };
+    pub(crate) async fn repair_here(&self, oid: Oid, epoch: Epoch) -> bool {
+        let Some(holder) = self.holder() else { return false };
         holder.distrust(oid);
         // The end of the epoch leaves the object suspect: the next run compares it.
-        let _ = recovery::ensure_current(self, oid, epoch).await;
+        recovery::ensure_current(self, oid, epoch).await.is_ok()
     }
 
-    /// Has a node replace its damaged copy, and waits for it.
-    pub(crate) async fn repair_on(&self, node: NodeId, oid: Oid, epoch: Epoch) {
+    /// Has a node replace its damaged copy, and waits for it; tells whether it was done.
+    pub(crate) async fn repair_on(&self, node: NodeId, oid: Oid, epoch: Epoch) -> bool {
         if node == self.node() {
-            self.repair_here(oid, epoch).await;
-            return;
+            return self.repair_here(oid, epoch).await;
         }
         let mut request = PeerRequest::new(PeerKind::Repair, epoch, self.node());
         request.oid = oid;
         // A node that cannot be reached leaves the epoch, and is compared when it comes back.
-        let _ = self.links().call(node, request, Bytes::new(), Duration::from_secs(2)).await;
+        let answer = self.links().call(node, request, Bytes::new(), Duration::from_secs(2)).await;
+        answer.is_ok_and(|(answer, _)| answer.verdict == Verdict::Ok)
     }
 
     /// Has a node replace its damaged copy, without waiting for it.

@@ -4,10 +4,11 @@
 //! writes of an object reach the store in stamp order; answers leave as they are ready.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use bytes::Bytes;
 use sheep_core::peer_message::{
-    FLAG_WAIT, HEADER_BYTES, ListEntry, PAYLOAD_BYTES_MAX, PeerAnswer, PeerKind, PeerRequest, Verdict,
+    FLAG_SALVAGE, FLAG_WAIT, HEADER_BYTES, ListEntry, PAYLOAD_BYTES_MAX, PeerAnswer, PeerKind, PeerRequest, Verdict,
 };
 use sheep_core::stamp::Epoch;
 use sheep_core::write_fate::Fate;
@@ -19,10 +20,13 @@ use super::links::{PEER_PROTOCOL, parse_hello};
 use super::recovery::{LIST_BATCH, ensure_current};
 use super::traffic::{Counted, Side, Work};
 use crate::world::frames::{FrameReader, FrameSender};
+use crate::world::marks::{self, Mark};
 use crate::world::net::{Connection, Listener};
 
 /// Answers that may wait for a node that does not read them before its requests are no longer looked at.
 const ANSWER_BYTES_MAX: usize = 64 << 20;
+/// How long the order may take to tell this node of a lease that it has granted: longer than a node stays in without it.
+const LEASE_PATIENCE: Duration = Duration::from_secs(10);
 
 /// Takes connections of other nodes until the process ends.
 pub async fn listen(data: Data, listener: Box<dyn Listener>) {
@@ -39,7 +43,7 @@ pub async fn listen(data: Data, listener: Box<dyn Listener>) {
             }
             Err(error) => {
                 tracing::warn!("cannot take a connection from another node: {error}");
-                data.world().clock.sleep(std::time::Duration::from_millis(100)).await;
+                data.world().clock.sleep(Duration::from_millis(100)).await;
             }
         }
     }
@@ -53,13 +57,16 @@ async fn serve(data: Data, connection: Connection) -> std::io::Result<()> {
     }
     while let Some((request, payload)) = next(&mut reader).await? {
         while sender.queued_bytes() > ANSWER_BYTES_MAX {
-            data.world().clock.sleep(std::time::Duration::from_millis(1)).await;
+            data.world().clock.sleep(Duration::from_millis(1)).await;
         }
         let counted = data.traffic().begin(Side::Peers, work_of(request.kind), payload.len());
         // Behind in epochs: what follows on this connection can only be newer still.
         data.await_epoch(request.epoch).await;
         match (request.kind, data.holder()) {
             (PeerKind::Write | PeerKind::Remove, Some(holder)) => {
+                if holder.is_behind(&request) {
+                    learn_lease(&data, &request).await?;
+                }
                 write(&data, holder, request, payload, &sender, counted).await;
             }
             (PeerKind::Settled, Some(holder)) => {
@@ -80,6 +87,20 @@ async fn serve(data: Data, connection: Connection) -> std::io::Result<()> {
         }
     }
     Ok(())
+}
+
+/// Waits until this node knows of the lease of a write, which was ordered before the write was sent: a round trip between
+/// whoever leads and this node. What comes after it on this connection waits as well: writes keep their order.
+async fn learn_lease(data: &Data, request: &PeerRequest) -> std::io::Result<()> {
+    marks::hit(Mark::HolderBehind);
+    let (vdi, generation) = (request.oid.vid(), request.stamp.generation);
+    tokio::select! {
+        () = data.await_view(|view| view.knows_lease(vdi, generation)) => Ok(()),
+        // Without the order for so long, this node is out, or the lease is of another one. The sender connects again.
+        () = data.world().clock.sleep(LEASE_PATIENCE) => {
+            Err(std::io::Error::new(std::io::ErrorKind::TimedOut, "a write under a lease that was not heard of"))
+        }
+    }
 }
 
 /// What a request counts as.
@@ -143,12 +164,18 @@ async fn write(
     let permit = holder.store().admit(payload.len() as u64).await;
     let (pending, wanted) = holder.write(&request, payload, permit);
     data.bring_up_to_date(wanted, request.epoch);
-    let (sender, holder) = (sender.clone(), holder.clone());
-    tokio::spawn(async move {
-        let verdict = pending.finish().await;
+    let (sender, answering) = (sender.clone(), holder.clone());
+    let reply = move |verdict, before| {
         drop(counted);
-        answer_from(&holder, &sender, PeerAnswer::new(request.id, verdict, holder.epoch()), Bytes::new());
-    });
+        let mut header = PeerAnswer::new(request.id, verdict, answering.epoch());
+        // What was under the write: see `unflushed`.
+        header.version.stamp = before;
+        answer_from(&answering, &sender, header, Bytes::new());
+    };
+    match pending.decided() {
+        Some((verdict, before)) => reply(verdict, before),
+        None => pending.then(reply),
+    }
 }
 
 /// Whatever may wait runs as a task of its own.
@@ -194,8 +221,8 @@ async fn handle(data: &Data, request: &PeerRequest) -> (PeerAnswer, Bytes) {
         PeerKind::Flush => holder.flush().await.map(|()| Bytes::new()),
         PeerKind::Hash => hash(data, holder, request, &mut header).await,
         PeerKind::Repair => {
-            data.repair_here(request.oid, request.epoch).await;
-            Ok(Bytes::new())
+            let is_done = data.repair_here(request.oid, request.epoch).await;
+            if is_done { Ok(Bytes::new()) } else { Err(Verdict::OldEpoch) }
         }
         PeerKind::Report => Ok(data.report_here().into()),
         PeerKind::Hello | PeerKind::Write | PeerKind::Remove | PeerKind::Settled | PeerKind::YieldLease => {
@@ -255,21 +282,31 @@ fn query(holder: &Holder, request: &PeerRequest) -> Result<Bytes, Verdict> {
     }
 }
 
-/// Reads a copy as it stands, with the last stamp that may be in it; zeros travel as nothing.
+/// Reads a copy as it stands, with the last stamp that may be in it; zeros travel as nothing, and damage as far as the asking
+/// node wants it.
 async fn fetch(holder: &Holder, request: &PeerRequest, header: &mut PeerAnswer) -> Result<Bytes, Verdict> {
     same_epoch(holder, request)?;
     let store = holder.store();
     let before = store.entry(request.oid).ok_or(Verdict::Missing)?;
     let rest = before.size_bytes.checked_sub(request.offset).ok_or(Verdict::Invalid)?;
     let length = u64::from(request.length).min(rest);
-    let bytes = store.read(request.oid, request.offset, length as usize).await.map_err(|error| {
+    let mut read = store.read(request.oid, request.offset, length as usize).await;
+    if read.is_err() && request.has(FLAG_SALVAGE) {
+        let salvaged = store.salvage(request.oid, request.offset, length as usize).await;
+        read = salvaged.map(|salvaged| {
+            header.verdict = Verdict::Corrupt;
+            salvaged.encode().into()
+        });
+    }
+    let bytes = read.map_err(|error| {
         tracing::warn!("cannot give object {} to node {}: {error}", request.oid, request.sender);
         Verdict::Corrupt
     })?;
     let after = store.entry(request.oid).ok_or(Verdict::Missing)?;
     header.object_bytes = after.size_bytes;
     header.version = after.version;
-    Ok(if bytes.iter().all(|byte| *byte == 0) { Bytes::new() } else { bytes })
+    let zeros = header.verdict == Verdict::Ok && bytes.iter().all(|byte| *byte == 0);
+    Ok(if zeros { Bytes::new() } else { bytes })
 }
 
 /// Objects that the asking node must hold.

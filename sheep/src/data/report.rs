@@ -23,19 +23,17 @@ impl Data {
             }
             Phase::Running | Phase::Shutdown => {}
         }
-        let zones = view.state.zone_count();
-        if view.state.is_running() && zones < usize::from(view.state.settings.copies) {
+        let (zones, copies) = (view.state.zone_count(), view.state.settings.copies.now());
+        if view.state.is_running() && zones < usize::from(copies) {
             sentences.push(format!(
-                "{zones} zones store data, fewer than the {} copies wanted: objects have {zones} copies until nodes in \
-                 other zones (-z) join",
-                view.state.settings.copies
+                "{zones} zones store data, fewer than the {copies} copies wanted: objects have {zones} copies until nodes in \
+                 other zones (-z) join"
             ));
         }
-        if view.state.is_running() && zones < usize::from(view.state.min_copies(view.state.settings.copies)) {
+        if view.state.is_running() && zones < usize::from(view.state.min_copies(copies)) {
             sentences.push(format!(
-                "writes to volumes of {} copies wait: one copy alone is not enough; start a node of another zone (or go on \
-                 without: dog cluster recover force)",
-                view.state.settings.copies
+                "writes to volumes of {copies} copies wait: one copy alone is not enough; start a node of another zone (or go on \
+                 without: dog cluster recover force)"
             ));
         }
         let blocked = *self.progress().blocked.lock().unwrap_or_else(PoisonError::into_inner);
@@ -58,12 +56,13 @@ impl Data {
         let progress = self.progress();
         let store = self.holder().map(|holder| holder.store());
         format!(
-            "recovering={} done={} total={} fetched={} objects={}",
+            "recovering={} done={} total={} fetched={} objects={} {}",
             u8::from(progress.running.load(Ordering::Relaxed)),
             progress.done.load(Ordering::Relaxed),
             progress.total.load(Ordering::Relaxed),
             progress.fetched.load(Ordering::Relaxed),
             store.map_or(0, crate::store::Store::object_count),
+            super::shares::told(store),
         )
     }
 }

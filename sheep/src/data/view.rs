@@ -5,6 +5,7 @@ use std::sync::Arc;
 use qemu_proto::inode::QEMU_INODE_BYTES;
 use qemu_proto::oid::{ObjectKind, Oid, VdiId};
 use sheep_core::cluster_state::ClusterState;
+use sheep_core::copies::Copies;
 use sheep_core::history::History;
 use sheep_core::member::Member;
 use sheep_core::placement::{Holders, PlacementKey, placement_key};
@@ -29,7 +30,7 @@ pub struct Location {
     /// Its place on the ring.
     pub key: PlacementKey,
     /// Copies wanted.
-    pub copies: u8,
+    pub copies: Copies,
     /// Bytes.
     pub object_bytes: u64,
 }
@@ -74,6 +75,11 @@ impl View {
     /// The current holders of a located object.
     pub fn holders(&self, location: &Location) -> Holders {
         self.history.holders(location.key, location.copies)
+    }
+
+    /// Whether a lease generation of a VDI, or a later one, was granted as of this view.
+    pub fn knows_lease(&self, vdi: VdiId, generation: u32) -> bool {
+        self.state.leases.get(&vdi.get()).map_or(0, |lease| lease.generation) >= generation
     }
 
     /// Whether two VDIs share a chain, so that their objects share holders.

@@ -8,6 +8,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
+use qemu_proto::oid::VdiId;
 use sheep_core::admission::Admission;
 use sheep_core::cluster_state::ClusterState;
 use sheep_core::peer_message::{PeerKind, PeerRequest};
@@ -16,7 +17,7 @@ use sheep_core::stamp::Epoch;
 use super::Data;
 use super::gateway::fanout;
 use super::view::View;
-use super::{reclaim, recovery};
+use super::{reclaim, recovery, sweep, throttle};
 use crate::world::net::Listener;
 
 /// Between attempts to keep the state of a cluster that this node has just come into.
@@ -57,6 +58,7 @@ async fn enter(data: &Data, state: Arc<ClusterState>) {
     }
     let view = Arc::new(View::new(state, Some(&previous)));
     data.links().follow(&view);
+    data.unflushed().follow(&previous.state, &view.state);
     let mut epoch_changed = previous.epoch() != view.epoch();
     if let Some(holder) = data.holder() {
         let formatted = view.state.cluster_id != previous.state.cluster_id;
@@ -75,6 +77,7 @@ async fn enter(data: &Data, state: Arc<ClusterState>) {
         epoch_changed |= holder.enter(view.clone());
     }
     data.views().send_replace(view.clone());
+    throttle::follow(data);
     close_lost_leases(data, &view, view.state.cluster_id != previous.state.cluster_id);
     if epoch_changed {
         for lease in data.leases().all() {
@@ -89,8 +92,10 @@ async fn enter(data: &Data, state: Arc<ClusterState>) {
         tokio::spawn(recovery::run(data.clone(), view.epoch()));
     }
     reclaim::start_if_due(data, &view);
+    let reclaimed = previous.state.to_reclaim.difference(&view.state.to_reclaim);
+    data.note_reclaimed(reclaimed.filter_map(|vdi| VdiId::new(*vdi)));
     if view.state.clean == view.epoch() && view.state.is_running() && previous.state.clean != view.state.clean {
-        tokio::spawn(reclaim::drop_strays(data.clone(), view.epoch()));
+        tokio::spawn(sweep::run(data.clone(), view.epoch()));
     }
 }
 
@@ -103,8 +108,14 @@ async fn belongs(data: &Data, now: &ClusterState) -> bool {
         // Objects come only after the state was saved.
         Ok(None) => holder.store().object_count() == 0,
         // It could be read when the node started. Emptying the store because of it is the last thing to do.
-        Ok(Some(Err(error))) => panic!("the store's copy of the cluster's state is damaged: {error}"),
-        Err(error) => panic!("the store's copy of the cluster's state cannot be read: {error}"),
+        Ok(Some(Err(error))) => {
+            holder.fail(format!("the store's copy of the cluster's state is damaged: {error}"));
+            true
+        }
+        Err(error) => {
+            holder.fail(format!("the store's copy of the cluster's state cannot be read: {error}"));
+            true
+        }
     }
 }
 
@@ -187,6 +198,8 @@ async fn watch_space(data: Data) {
         let view = data.view();
         // A run that failed, or met the end of the one before, is begun again.
         reclaim::start_if_due(&data, &view);
+        let releasing = data.clone();
+        tokio::spawn(async move { reclaim::release_noted(&releasing).await });
         for node in view.state.members.keys() {
             if let Some(link) = data.links().get(*node).filter(|link| link.is_nearly_full()) {
                 link.send(

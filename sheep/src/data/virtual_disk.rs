@@ -21,8 +21,11 @@ use super::Data;
 use super::gateway::write::{Base, ObjectWrite, write, write_under};
 use super::gateway::{ReadFailure, WriteError, lease_table, read};
 use super::inode::{self, InodeError};
+use super::throttle;
 use super::traffic::Traffic;
 use super::volumes::{self, Creation, VolumeError};
+use crate::world::marks::{self, Mark};
+use crate::world::planted::{self, Bug};
 
 /// Zeros are written in pieces of this size where they cannot be a hole.
 const ZEROS: &[u8] = &[0; 1 << 20];
@@ -58,13 +61,18 @@ impl From<WriteError> for DiskError {
         match error {
             WriteError::NoSpace => DiskError::NoSpace,
             WriteError::ReadOnly => DiskError::ReadOnly,
-            _ => DiskError::Failed,
+            WriteError::BeyondEnd => DiskError::OutOfRange,
+            error => {
+                tracing::warn!("a guest's request fails: {error}");
+                DiskError::Failed
+            }
         }
     }
 }
 
 impl From<ReadFailure> for DiskError {
-    fn from(_: ReadFailure) -> DiskError {
+    fn from(error: ReadFailure) -> DiskError {
+        tracing::warn!("a guest's request fails: {error}");
         DiskError::Failed
     }
 }
@@ -199,6 +207,11 @@ impl VirtualDisk {
         self.size_bytes
     }
 
+    /// Bytes of one of its objects.
+    pub fn object_bytes(&self) -> u64 {
+        self.object_bytes
+    }
+
     /// Whether it is a snapshot.
     pub fn is_snapshot(&self) -> bool {
         self.is_snapshot
@@ -208,14 +221,20 @@ impl VirtualDisk {
     pub fn id(&self) -> Result<VdiId, DiskError> {
         let view = self.data.view();
         let mut head = self.head.lock().unwrap_or_else(PoisonError::into_inner);
-        let vdi = view.state.live_vdi(*head).ok_or(DiskError::Gone)?;
-        if vdi.is_snapshot() == self.is_snapshot {
+        let vdi = view.state.vdis.get(&head.get()).ok_or(DiskError::Gone)?;
+        if !vdi.deleted && vdi.is_snapshot() == self.is_snapshot {
             return Ok(*head);
         }
-        let next = view.state.lookup(&self.name, Target::Current).ok().and_then(|id| view.state.live_vdi(id));
+        // What was the working VDI may have become a snapshot and been deleted since the last request.
+        if self.is_snapshot || !vdi.is_snapshot() {
+            return Err(DiskError::Gone);
+        }
+        // It may have been given another name since.
+        let next = view.state.lookup(&vdi.name, Target::Current).ok().and_then(|id| view.state.live_vdi(id));
         let is_successor = |next: &&std::sync::Arc<Vdi>| {
             !next.is_snapshot() && next.object_bytes() == self.object_bytes && view.same_chain(next.id, *head)
         };
+        marks::hit(Mark::SnapshotFollowed);
         *head = next.filter(is_successor).ok_or(DiskError::Gone)?.id;
         Ok(*head)
     }
@@ -253,6 +272,9 @@ impl VirtualDisk {
     pub fn read_now(&self, offset: u64, length: usize) -> Option<Bytes> {
         let piece = self.pieces(offset, length as u64).ok()?.next().filter(|piece| piece.length == length as u64)?;
         let id = self.id().ok()?;
+        if throttle::is_limited(&self.data, id) {
+            return None;
+        }
         let owner = if self.is_own(id, piece.index) {
             id
         } else {
@@ -289,7 +311,12 @@ impl VirtualDisk {
             let owner = if self.is_own(id, piece.index) {
                 id
             } else {
-                match inode::map_entry(&self.data, id, piece.index).await? {
+                let entry = inode::map_entry(&self.data, id, piece.index).await?;
+                // A map of what is a snapshot by now, or of what is deleted, says nothing of this disk.
+                if self.id()? != id {
+                    continue;
+                }
+                match entry {
                     None => return Ok(Part::Hole(piece.length)),
                     Some(owner) => owner,
                 }
@@ -297,7 +324,10 @@ impl VirtualDisk {
             match read::read(&self.data, Oid::data(owner, piece.index), piece.offset, piece.length as usize).await {
                 Ok(bytes) => return Ok(Part::Data(bytes)),
                 // Discarded, or copied by somebody whose source then went: look again.
-                Err(ReadFailure::Missing) => self.forget_own(id, piece.index),
+                Err(ReadFailure::Missing) => {
+                    marks::hit(Mark::ReadLookedAgain);
+                    self.forget_own(id, piece.index);
+                }
                 Err(error) => return Err(error.into()),
             }
         }
@@ -329,6 +359,21 @@ impl VirtualDisk {
         Ok(())
     }
 
+    /// Gives the volume a copy of its own of an object that it shares.
+    pub async fn make_own(&self, index: u32) -> Result<(), DiskError> {
+        if self.is_snapshot {
+            return Err(DiskError::ReadOnly);
+        }
+        // A write of nothing.
+        self.write_piece(Piece { index, offset: 0, length: 0 }, Bytes::new(), true).await
+    }
+
+    /// Waits as long as the volume's limits ask before a request that moves so many bytes.
+    pub async fn pass_limits(&self, bytes: usize) {
+        let vdi = *self.head.lock().unwrap_or_else(PoisonError::into_inner);
+        throttle::pass(&self.data, vdi, bytes).await;
+    }
+
     async fn write_piece(&self, piece: Piece, bytes: Bytes, durable: bool) -> Result<(), DiskError> {
         let object =
             |oid| ObjectWrite { oid, offset: piece.offset, data: bytes.clone(), base: Base::Existing, durable };
@@ -350,7 +395,10 @@ impl VirtualDisk {
             match self.write_under_lease(id, piece, object(oid)).await {
                 Ok(()) => return Ok(()),
                 // The lease went elsewhere, a snapshot froze the VDI, the source of a copy was given back: look again.
-                Err(Again::Yes) => self.data.settle_in().await,
+                Err(Again::Yes) => {
+                    marks::hit(Mark::WriteLookedAgain);
+                    self.data.settle_in().await;
+                }
                 Err(Again::No(error)) => return Err(error),
             }
         }
@@ -382,10 +430,19 @@ impl VirtualDisk {
             }
         }
         let source = owner.filter(|owner| *owner != id).map(|owner| Oid::data(owner, piece.index));
+        if let Some(source) = source {
+            marks::hit(Mark::CopiedOnWrite);
+            if planted::is(Bug::SharedWrites) {
+                return Ok(write(&self.data, ObjectWrite { oid: source, ..object }).await?);
+            }
+        }
         let creation = Creation { oid: object.oid, offset: object.offset, payload: object.data, source, durable: true };
         volumes::create_under(&self.data, creation, lease.generation).await?;
         inode::map_own(&self.data, object.oid, lease.generation).await?;
         lease.note_mapped(piece.index, true);
+        if let Some(source) = source {
+            self.data.note_released(source);
+        }
         Ok(())
     }
 
@@ -415,8 +472,14 @@ impl VirtualDisk {
         for _ in 0..LOOKS_MAX {
             let id = self.id()?;
             let is_own = self.is_own(id, piece.index);
-            if !is_own && inode::map_entry(&self.data, id, piece.index).await?.is_none() {
-                return Ok(());
+            if !is_own {
+                let entry = inode::map_entry(&self.data, id, piece.index).await?;
+                if self.id()? != id {
+                    continue;
+                }
+                if entry.is_none() {
+                    return Ok(());
+                }
             }
             // The volume may have grown since it was opened: then its last object is another's too.
             let size_bytes = self.data.view().state.live_vdi(id).ok_or(DiskError::Gone)?.size_bytes;
@@ -446,16 +509,15 @@ impl VirtualDisk {
 
     /// Every write that was answered before is durable when this is done, whichever connection or node it came through.
     pub async fn flush(&self) -> Result<(), DiskError> {
-        Ok(super::flush::flush(&self.data).await?)
+        Ok(super::flush::flush(&self.data, self.id().ok()).await?)
     }
 
     /// Which parts of a range are allocated; the others read as zeros. Looks into `LOOKED_INTO_MAX` objects and stops
     /// there, perhaps before the end of the range, but not before it got somewhere.
     pub async fn allocated(&self, offset: u64, length: u64) -> Result<Vec<Extent>, DiskError> {
-        let id = self.id()?;
         let pieces: Vec<Piece> = self.pieces(offset, length)?.collect();
         let Some(first) = pieces.first() else { return Ok(Vec::new()) };
-        let map = inode::map_range(&self.data, id, first.index, pieces.len()).await?;
+        let map = self.map_of_now(first.index, pieces.len()).await?.1;
         let mut extents = Vec::new();
         let mut looked_into = 0;
         for (piece, owner) in pieces.iter().zip(map) {
@@ -473,39 +535,37 @@ impl VirtualDisk {
                 Err(_) => push(&mut extents, piece.length, true),
             }
         }
-        // Of a deleted VDI the map reads as empty.
-        self.data.view().state.live_vdi(id).ok_or(DiskError::Gone)?;
+        self.id()?;
         Ok(extents)
+    }
+
+    /// Entries of the map, and of which VDI that is.
+    async fn map_of_now(&self, first: u32, count: usize) -> Result<(VdiId, Vec<u32>), DiskError> {
+        for _ in 0..LOOKS_MAX {
+            let id = self.id()?;
+            let map = inode::map_range(&self.data, id, first, count).await?;
+            // As in `read_piece`.
+            if self.id()? == id {
+                return Ok((id, map));
+            }
+        }
+        Err(DiskError::Failed)
     }
 
     /// Which parts of a range may differ from those of a snapshot, by object.
     pub async fn changed_since(&self, snapshot: VdiId, offset: u64, length: u64) -> Result<Vec<Extent>, DiskError> {
-        let id = self.id()?;
-        self.extents(offset, length, async |first, count| {
-            let now = inode::map_range(&self.data, id, first, count).await?;
-            let then = inode::map_range(&self.data, snapshot, first, count).await?;
-            // Of a deleted VDI the map reads as empty.
-            let view = self.data.view();
-            if view.state.live_vdi(id).is_none() || view.state.live_vdi(snapshot).is_none() {
-                return Err(InodeError::Missing);
-            }
-            Ok(now.into_iter().zip(then).map(|(now, then)| now != then).collect())
-        })
-        .await
-    }
-
-    async fn extents(
-        &self,
-        offset: u64,
-        length: u64,
-        of_objects: impl AsyncFnOnce(u32, usize) -> Result<Vec<bool>, InodeError>,
-    ) -> Result<Vec<Extent>, DiskError> {
         let pieces: Vec<Piece> = self.pieces(offset, length)?.collect();
         let Some(first) = pieces.first() else { return Ok(Vec::new()) };
-        let set = of_objects(first.index, pieces.len()).await?;
+        let (id, now) = self.map_of_now(first.index, pieces.len()).await?;
+        let then = inode::map_range(&self.data, snapshot, first.index, pieces.len()).await?;
+        // Of a deleted VDI the map reads as empty.
+        let view = self.data.view();
+        if view.state.live_vdi(id).is_none() || view.state.live_vdi(snapshot).is_none() {
+            return Err(DiskError::Gone);
+        }
         let mut extents: Vec<Extent> = Vec::new();
-        for (piece, is_set) in pieces.iter().zip(set) {
-            push(&mut extents, piece.length, is_set);
+        for (piece, (now, then)) in pieces.iter().zip(now.into_iter().zip(then)) {
+            push(&mut extents, piece.length, now != then);
         }
         Ok(extents)
     }

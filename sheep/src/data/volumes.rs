@@ -1,18 +1,24 @@
 //! Volumes as clients see them: made, looked up and deleted by ordered commands; their objects written by the rules that
 //! serve QEMU's driver better than its own server did (protocol.md sections 6 and 9).
 
+use std::pin::Pin;
+
 use bytes::{Bytes, BytesMut};
 use qemu_proto::oid::{ObjectKind, Oid, VdiId};
 use sheep_core::command::{Command, NewVdi, Outcome, Refusal};
+use sheep_core::limits::Limits;
 use sheep_core::vdi_name::Target;
 
 use super::Data;
 use super::gateway::write::{Base, ObjectWrite, write, write_under};
 use super::gateway::{ReadFailure, WriteError, lease_table, read};
-use super::inode;
+use super::inode::{self, InodeError};
 
 /// Bytes of an object that are read at once to copy it.
 const PIECE_BYTES: u64 = 4 << 20;
+
+/// How often a group of snapshots is tried when other nodes take its volumes in the middle.
+const TOGETHER_ATTEMPTS: u32 = 8;
 
 /// Why an operation on a volume was not done.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, thiserror::Error)]
@@ -29,6 +35,17 @@ pub enum VolumeError {
     /// The cluster's order cannot be reached.
     #[error("the cluster's order cannot be reached")]
     Order,
+}
+
+impl From<InodeError> for VolumeError {
+    fn from(error: InodeError) -> VolumeError {
+        match error {
+            InodeError::Read(error) => error.into(),
+            InodeError::Write(error) => error.into(),
+            InodeError::ReadOnly => VolumeError::Refused(Refusal::ReadOnly),
+            InodeError::Missing | InodeError::Invalid => VolumeError::Refused(Refusal::NoVdi),
+        }
+    }
 }
 
 /// What a lookup found.
@@ -58,7 +75,7 @@ pub async fn lookup(data: &Data, name: &[u8], target: Target<'_>) -> Result<Foun
 
 fn describe(state: &sheep_core::cluster_state::ClusterState, id: VdiId) -> Result<Found, VolumeError> {
     let vdi = state.vdis.get(&id.get()).ok_or(VolumeError::Refused(Refusal::NoVdi))?;
-    Ok(Found { id, copies: vdi.copies, object_size_shift: vdi.object_size_shift })
+    Ok(Found { id, copies: vdi.copies.now(), object_size_shift: vdi.object_size_shift })
 }
 
 async fn propose(data: &Data, command: Command) -> Result<VdiId, VolumeError> {
@@ -90,6 +107,83 @@ pub async fn new_vdi(data: &Data, mut request: NewVdi) -> Result<Found, VolumeEr
         propose(data, Command::NewVdi(request)).await?
     };
     describe(&data.cluster().state(), id)
+}
+
+/// Makes snapshots of several working VDIs, of one moment: no write to any of them is under way when they are made.
+pub async fn snapshot_together(data: &Data, names: &[Vec<u8>], tag: &[u8], time: u64) -> Result<(), VolumeError> {
+    for _ in 0..TOGETHER_ATTEMPTS {
+        let mut members = Vec::new();
+        for name in names {
+            members.push((lookup(data, name, Target::Current).await?.id, name.clone()));
+        }
+        // Two groups that share volumes stop them in the same order.
+        members.sort();
+        members.dedup();
+        match stop_and_snapshot(data, &members, Vec::new(), tag, time).await {
+            // Another node took one of them meanwhile, or made a snapshot of it.
+            Err(VolumeError::Refused(Refusal::LeaseLost)) => {}
+            other => return other,
+        }
+    }
+    Err(VolumeError::Refused(Refusal::LeaseLost))
+}
+
+/// Stops one after the other, with those before it stopped already; then orders it.
+fn stop_and_snapshot<'a>(
+    data: &'a Data,
+    members: &'a [(VdiId, Vec<u8>)],
+    stopped: Vec<NewVdi>,
+    tag: &'a [u8],
+    time: u64,
+) -> Pin<Box<dyn Future<Output = Result<(), VolumeError>> + Send + 'a>> {
+    Box::pin(async move {
+        let Some(((vdi, name), rest)) = members.split_first() else {
+            let command = Command::SnapshotTogether { members: stopped, tag: tag.to_vec() };
+            return order(data, command).await;
+        };
+        let node = data.node();
+        lease_table::with_writes_stopped(data, *vdi, async move |generation| {
+            let size_bytes = data.view().state.live_vdi(*vdi).ok_or(VolumeError::Refused(Refusal::NoVdi))?.size_bytes;
+            let mut stopped = stopped.clone();
+            stopped.push(NewVdi {
+                name: name.clone(),
+                size_bytes,
+                base: Some(*vdi),
+                snapshot: true,
+                copies: 0,
+                object_size_shift: 0,
+                time,
+                drained: Some((node, generation)),
+            });
+            stop_and_snapshot(data, rest, stopped, tag, time).await
+        })
+        .await?
+    })
+}
+
+/// Gives a volume and its snapshots another name.
+pub async fn rename(data: &Data, name: &[u8], to: &[u8]) -> Result<(), VolumeError> {
+    order(data, Command::RenameVdi { name: name.to_vec(), to: to.to_vec() }).await
+}
+
+/// Changes how fast clients may use a volume.
+pub async fn limit(data: &Data, name: &[u8], limits: Option<Limits>) -> Result<(), VolumeError> {
+    order(data, Command::LimitVdi { name: name.to_vec(), limits }).await
+}
+
+/// Orders what has no VDI to tell.
+async fn order(data: &Data, command: Command) -> Result<(), VolumeError> {
+    match data.cluster().propose(command).await {
+        Ok(Outcome::Refused(refusal)) => Err(VolumeError::Refused(refusal)),
+        Ok(_) => {
+            data.settle_in().await;
+            Ok(())
+        }
+        Err(error) => {
+            tracing::warn!("cannot order a change of volumes: {error}");
+            Err(VolumeError::Order)
+        }
+    }
 }
 
 /// Deletes a working VDI or a snapshot; its space comes back in the background.

@@ -34,7 +34,7 @@ pub enum Next {
 impl Inner {
     fn next_apply(&mut self) -> Next {
         while let Some((oid, disk)) = self.unlinkable.pop_front() {
-            if self.doomed.get(&oid) == Some(&disk) {
+            if self.doomed.contains(&(oid, disk)) {
                 return Next::Unlink(oid, disk);
             }
         }
@@ -78,15 +78,13 @@ impl Inner {
         }
         if record.kind.replaces() {
             self.renamed.insert(record.disk);
-            if self.doomed.get(&record.oid) == Some(&record.disk) {
-                self.doomed.remove(&record.oid);
-            }
+            self.doomed.remove(&(record.oid, record.disk));
         }
         if record.kind == Kind::Copy {
             self.pinned.insert(record.extra);
         }
         if record.kind == Kind::Remove {
-            self.doomed.insert(record.oid, record.disk);
+            self.doomed.insert((record.oid, record.disk));
             self.handles.remove(record.oid);
             self.replacements += 1;
         }
@@ -133,7 +131,7 @@ impl Shared {
             }
         }
         let mut inner = self.lock();
-        inner.doomed.remove(&oid);
+        inner.doomed.remove(&(oid, disk));
         // The index file goes on naming it until the removal is durable.
         inner.renamed.insert(disk);
     }

@@ -9,6 +9,7 @@
 use std::collections::BTreeSet;
 use std::io;
 use std::sync::{Arc, PoisonError};
+use std::time::Duration;
 
 use super::hint;
 use super::index::{Changes, State};
@@ -19,6 +20,8 @@ use crate::world::disk::{self, Files, OpenMode};
 /// Up to this many files are flushed one by one; more with one flush of their file systems, whose cost does not grow
 /// with their number.
 const FLUSHED_SINGLY_MAX: usize = 32;
+/// How often a failure is looked for that no waiting change was refused for: soon enough beside what recovery then takes.
+const LOOK_AGAIN: Duration = Duration::from_secs(1);
 
 impl Inner {
     /// Begins a checkpoint of everything applied so far.
@@ -33,7 +36,7 @@ impl Inner {
             changed: std::mem::take(&mut self.changed),
             dirty: std::mem::take(&mut self.dirty),
             renamed: std::mem::take(&mut self.renamed),
-            doomed: self.doomed.iter().map(|(oid, disk)| (*oid, *disk)).collect(),
+            doomed: self.doomed.iter().copied().collect(),
             spaces: Vec::new(),
         }
     }
@@ -138,21 +141,39 @@ impl Shared {
             let Some(Some(packed)) = checkpoint.changed.get_mut(oid) else {
                 continue;
             };
-            let open = self.lock().handles.get(*oid);
-            let allocated = match open {
-                Some(object) => object.allocated_bytes(),
-                None => {
-                    files.open(&self.layout.object(*disk, *oid), OpenMode::Read).and_then(|file| file.allocated_bytes())
-                }
-            };
-            if let Ok(bytes) = allocated {
+            if let Ok(bytes) = self.allocated_now(files, *oid, *disk) {
                 *packed = packed.with_allocated(bytes);
             }
+        }
+    }
+
+    fn allocated_now(&self, files: &dyn Files, oid: u64, disk: u8) -> io::Result<u64> {
+        let open = self.lock().handles.get(oid);
+        match open {
+            Some(object) => object.allocated_bytes(),
+            None => files.open(&self.layout.object(disk, oid), OpenMode::Read).and_then(|file| file.allocated_bytes()),
         }
     }
 }
 
 impl Store {
+    /// Looks how much space the objects take that were changed since the last checkpoint: for people's questions.
+    pub async fn measure(&self) {
+        let shared = self.shared.clone();
+        disk::run(&self.shared.world.disk, move |files| {
+            let dirty = shared.lock().dirty.clone();
+            for (oid, disk) in dirty {
+                let Ok(bytes) = shared.allocated_now(files, oid, disk) else { continue };
+                let mut inner = shared.lock();
+                // A checkpoint since then has looked at least as late.
+                if inner.dirty.get(&oid) == Some(&disk) {
+                    inner.entries.set_allocated(oid, bytes);
+                }
+            }
+        })
+        .await;
+    }
+
     /// Makes everything submitted durable in its place, so that the next start has nothing to replay.
     pub async fn checkpoint(&self) -> Result<(), StoreError> {
         let target = self.shared.with(Inner::want_checkpoint);
@@ -160,6 +181,18 @@ impl Store {
         match &self.shared.lock().failed {
             Some(what) => Err(StoreError::Failed { what: what.clone() }),
             None => Ok(()),
+        }
+    }
+
+    /// Completes when a device has failed and the store takes no changes any more, with what failed: at the latest so long
+    /// after it as `LOOK_AGAIN`. Whoever has a change refused knows at once; but the one that met the failure may have been
+    /// given up by then.
+    pub async fn failed(&self) -> String {
+        loop {
+            if let Some(what) = &self.shared.lock().failed {
+                return what.to_string();
+            }
+            self.shared.world.clock.sleep(LOOK_AGAIN).await;
         }
     }
 

@@ -7,10 +7,7 @@
 //! 2. While one batch is being flushed, new records gather for the next; an idle journal never waits for company.
 //! 3. A ticket completes with success only after the flush of a batch that contains its record.
 
-use std::future::Future;
-use std::pin::Pin;
 use std::sync::{Arc, PoisonError};
-use std::task::{Context, Poll};
 
 use tokio::sync::oneshot;
 
@@ -18,7 +15,9 @@ use super::checksum::BLOCK_BYTES;
 use super::journal::Position;
 use super::record::{self, BATCH_HEAD_BYTES, RECORD_HEAD_BYTES, Record};
 use super::state::{Committed, Inner, Permit, Queued, Shared};
+use super::ticket::Ticket;
 use super::{Store, StoreError, hint};
+use crate::world::disk::Files;
 
 /// Most bytes of records in one batch, unless a single one is larger: a flush of more gains nothing, and the buffer
 /// stays small.
@@ -27,47 +26,6 @@ const BATCH_BYTES_MAX: u64 = 4 << 20;
 /// Journal space that a record may take at worst: alone in a batch.
 pub fn cost_of(data_bytes: u64) -> u64 {
     (BATCH_HEAD_BYTES + RECORD_HEAD_BYTES + BLOCK_BYTES) as u64 + data_bytes
-}
-
-/// Completes when a change is as durable as was asked for.
-#[must_use = "a ticket that is dropped tells nobody that the write failed"]
-pub struct Ticket {
-    state: TicketState,
-}
-
-enum TicketState {
-    Done(Result<(), StoreError>),
-    Waiting(oneshot::Receiver<Result<(), StoreError>>),
-}
-
-impl Ticket {
-    pub(super) fn done(result: Result<(), StoreError>) -> Ticket {
-        Ticket { state: TicketState::Done(result) }
-    }
-
-    /// The ticket of a change that the store refused.
-    pub fn failed(error: StoreError) -> Ticket {
-        Ticket::done(Err(error))
-    }
-
-    /// Whether waiting for it takes no time.
-    pub fn is_done(&self) -> bool {
-        matches!(self.state, TicketState::Done(_))
-    }
-}
-
-impl Future for Ticket {
-    type Output = Result<(), StoreError>;
-
-    fn poll(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Self::Output> {
-        match &mut self.state {
-            TicketState::Done(result) => Poll::Ready(result.clone()),
-            TicketState::Waiting(receiver) => Pin::new(receiver).poll(context).map(|received| {
-                // The store is gone without an answer only when the process goes down.
-                received.unwrap_or(Err(StoreError::Closed))
-            }),
-        }
-    }
 }
 
 impl Store {
@@ -131,11 +89,11 @@ impl Inner {
         if let Some(what) = &self.failed {
             return Ticket::done(Err(StoreError::Failed { what: what.clone() }));
         }
-        let (sender, receiver) = oneshot::channel();
+        let (ticket, waiter) = Ticket::pair();
         self.wanted = self.wanted.max(number);
         let at = self.waiters.partition_point(|(other, _)| *other <= number);
-        self.waiters.insert(at, (number, sender));
-        Ticket { state: TicketState::Waiting(receiver) }
+        self.waiters.insert(at, (number, waiter));
+        ticket
     }
 
     /// Takes the records of the next batch off the queue, or ends the commit job.
@@ -185,24 +143,33 @@ impl Inner {
 }
 
 impl Shared {
-    /// The commit job: batch after batch until nothing is wanted any more.
-    pub fn commit_queued(self: &Arc<Self>) {
-        loop {
-            let Some((position, batch)) = self.with(Inner::next_batch) else {
-                return;
-            };
+    /// The commit job: batch after batch until nothing is wanted any more. Then it applies them, if nobody else does: for a
+    /// client with one write under way that is one thread less to wake for each.
+    pub fn commit_queued(self: &Arc<Self>, files: &dyn Files) {
+        let mut next = self.with(Inner::next_batch);
+        while let Some((position, batch)) = next {
             let result = {
                 let mut journal = self.journal.lock().unwrap_or_else(PoisonError::into_inner);
                 journal.append(position, batch.iter().map(|queued| &queued.record as &Record))
             };
-            match result {
-                Ok(length_bytes) => self.with(|inner| inner.committed(length_bytes, batch)),
+            let length_bytes = match result {
+                Ok(length_bytes) => length_bytes,
                 Err(error) => {
                     let what = format!("{}: write: {error}{}", self.layout.journal().display(), hint(&error));
                     self.with(|inner| inner.fail(&what));
                     return;
                 }
+            };
+            let (after, apply_is_left) = self.with_apply_left(|inner| {
+                inner.committed(length_bytes, batch);
+                let after = inner.next_batch();
+                let is_free = after.is_none();
+                (after, is_free)
+            });
+            if apply_is_left {
+                self.apply_committed(files);
             }
+            next = after;
         }
     }
 }

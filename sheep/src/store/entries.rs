@@ -171,6 +171,17 @@ impl Entries {
         self.allocated_bytes
     }
 
+    /// Disk space they take on each of `disk_count` disks.
+    pub fn allocated_by_disk(&self, disk_count: usize) -> Vec<u64> {
+        let mut bytes = vec![0; disk_count];
+        for packed in self.map.values() {
+            if let Some(bytes) = bytes.get_mut(usize::from(packed.disk())) {
+                *bytes += packed.allocated_bytes();
+            }
+        }
+        bytes
+    }
+
     /// The highest disk that an entry names.
     pub fn highest_disk(&self) -> Option<u8> {
         self.map.values().map(|packed| packed.disk()).max()
@@ -215,6 +226,7 @@ mod tests {
         }
         entries.set(3, None);
         assert_eq!((entries.count(), entries.allocated_bytes()), (9, 9 * 8192));
+        assert_eq!(entries.allocated_by_disk(2).iter().sum::<u64>(), 9 * 8192);
         let first = entries.page(None, 4);
         let ids: Vec<u64> = first.iter().map(|(oid, _)| oid.raw()).collect();
         assert_eq!(ids, [0, 1, 2, 4]);

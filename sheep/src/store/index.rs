@@ -5,7 +5,8 @@
 //! Always holds:
 //! 1. A transaction is either all there after a crash or not at all: redb's own promise, which it keeps as long as
 //!    sectors are written whole and flushes are honest.
-//! 2. Every value carries a checksum of ours; a damaged one makes opening fail, never a wrong entry.
+//! 2. Every value carries a checksum of ours; a damaged one makes opening fail, never a wrong entry. So do damaged pages,
+//!    over some of which redb (4.4.0) panics: all of them that are in use are read at start.
 
 use std::fmt;
 use std::io;
@@ -20,10 +21,11 @@ use super::entries::{Entries, Packed};
 use super::fields::{u32_at, u64_at};
 use super::journal::Position;
 use crate::world::disk::{File, Files, OpenMode};
+use crate::world::panics;
 
 const OBJECTS: TableDefinition<u64, &[u8]> = TableDefinition::new("objects");
-/// Files that a checkpoint was about to unlink: object id to disk.
-const DOOMED: TableDefinition<u64, u8> = TableDefinition::new("doomed");
+/// Files that a checkpoint was about to unlink: object id and disk.
+const DOOMED: TableDefinition<(u64, u8), ()> = TableDefinition::new("removed");
 const META: TableDefinition<&str, &[u8]> = TableDefinition::new("meta");
 const STATE_KEY: &str = "state";
 
@@ -124,6 +126,16 @@ pub struct Index {
 }
 
 impl Index {
+    /// Opens an index that was made before, and reads all of it.
+    pub fn open_and_load(files: &dyn Files, path: &Path, sync: bool) -> Result<(Index, Loaded), IndexError> {
+        let opened = panics::contain(|| {
+            let index = Index::open(files, path, sync)?;
+            let loaded = index.load()?.ok_or_else(|| IndexError::Damaged("it holds no index".to_string()))?;
+            Ok((index, loaded))
+        });
+        opened.unwrap_or_else(|panic| Err(IndexError::Damaged(format!("its pages make no sense ({panic})"))))
+    }
+
     /// Opens the index, making an empty one if there is none.
     pub fn open(files: &dyn Files, path: &Path, sync: bool) -> Result<Index, IndexError> {
         let file = files.open(path, OpenMode::Create).map_err(IndexError::Io)?;
@@ -137,7 +149,7 @@ impl Index {
     }
 
     /// Reads all of it; `None` if no checkpoint was ever made.
-    pub fn load(&self) -> Result<Option<Loaded>, IndexError> {
+    fn load(&self) -> Result<Option<Loaded>, IndexError> {
         let transaction = self.database.begin_read()?;
         let meta = match transaction.open_table(META) {
             Ok(meta) => meta,
@@ -157,9 +169,15 @@ impl Index {
                 packed.ok_or_else(|| damaged(&format!("the entry of object {:016x} is damaged", oid.value())))?;
             loaded.entries.set(oid.value(), Some(packed));
         }
-        for row in transaction.open_table(DOOMED)?.iter()? {
-            let (oid, disk) = row?;
-            loaded.doomed.push((oid.value(), disk.value()));
+        match transaction.open_table(DOOMED) {
+            Ok(doomed) => {
+                for row in doomed.iter()? {
+                    loaded.doomed.push(row?.0.value());
+                }
+            }
+            // Of an earlier form, that knew one disk for each object.
+            Err(redb::TableError::TableDoesNotExist(_)) => {}
+            Err(error) => return Err(error.into()),
         }
         Ok(Some(loaded))
     }
@@ -178,9 +196,9 @@ impl Index {
                 };
             }
             let mut doomed = transaction.open_table(DOOMED)?;
-            doomed.retain(|_, _| false)?;
-            for (oid, disk) in changes.doomed {
-                doomed.insert(*oid, *disk)?;
+            doomed.retain(|_, ()| false)?;
+            for removed in changes.doomed {
+                doomed.insert(removed, ())?;
             }
             transaction.open_table(META)?.insert(STATE_KEY, &changes.state.encode()[..])?;
         }
@@ -241,12 +259,13 @@ mod tests {
         let mut rows = (0..1000).map(|oid| (oid, Some(packed)));
         index.commit(Changes { entries: &mut rows, doomed: &[(5000, 1)], state }).unwrap();
         let mut rows = (0..10).map(|oid| (oid, None));
-        index.commit(Changes { entries: &mut rows, doomed: &[(5001, 0)], state }).unwrap();
+        index.commit(Changes { entries: &mut rows, doomed: &[(5001, 0), (5001, 1)], state }).unwrap();
         drop(index);
         let loaded = Index::open(&RealFiles, &path, true).unwrap().load().unwrap().unwrap();
         assert_eq!(loaded.entries.count(), 990);
         assert_eq!(loaded.entries.get(10), Some(packed));
-        assert_eq!(loaded.doomed, [(5001, 0)]);
+        // Removed from one disk, made again on another one and removed there, all since the last checkpoint.
+        assert_eq!(loaded.doomed, [(5001, 0), (5001, 1)]);
         assert_eq!(loaded.state, state);
     }
 }

@@ -17,7 +17,7 @@
 //! | file | holds |
 //! |---|---|
 //! | `open` | making and opening a store, replay |
-//! | `submit`, `commit`, `apply`, `checkpoint` | the way of a write, in this order; `state` is what they share |
+//! | `submit`, `commit`, `apply`, `checkpoint` | the way of a write, in this order; `state` is what they share, `ticket` the news of its end |
 //! | `read`, `handles` | the way of a read |
 //! | `stage` | whole objects from recovery |
 //! | `journal`, `record`, `object_file`, `index`, `superblock`, `sealed`, `layout` | bytes on disk |
@@ -41,6 +41,7 @@ mod stage;
 mod state;
 mod submit;
 mod superblock;
+mod ticket;
 
 use std::io;
 use std::path::PathBuf;
@@ -50,14 +51,14 @@ use qemu_proto::oid::Oid;
 use sheep_core::member::NodeId;
 use sheep_core::stamp::Epoch;
 
-pub use checksum::BLOCK_BYTES;
-pub use commit::Ticket;
+pub use checksum::{BLOCK_BYTES, block_tag};
 pub use entries::Entry;
 pub use journal::JOURNAL_BYTES_MIN;
 pub use object_file::OBJECT_BYTES_MAX;
 pub use stage::Staged;
 pub use state::Permit;
 pub use submit::{Durability, Write, WriteKind};
+pub use ticket::Ticket;
 
 use crate::world::disk;
 use state::Shared;
@@ -116,6 +117,17 @@ pub struct StoreSpace {
     /// Of all disks.
     pub total_bytes: u64,
     /// Of all disks, for this user, the reserve included.
+    pub free_bytes: u64,
+    /// Taken by objects, as of the last checkpoint.
+    pub used_bytes: u64,
+}
+
+/// One directory that objects are in.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct DiskSpace {
+    /// Where.
+    pub path: PathBuf,
+    /// For this user, the reserve included.
     pub free_bytes: u64,
     /// Taken by objects, as of the last checkpoint.
     pub used_bytes: u64,
@@ -311,7 +323,7 @@ impl Store {
         self.shared.lock().entries.count()
     }
 
-    /// Disk space that objects take, in bytes, as of the last checkpoint.
+    /// Disk space that objects take, in bytes, as of the last checkpoint or [`Store::measure`].
     pub fn used_bytes(&self) -> u64 {
         self.shared.lock().entries.allocated_bytes()
     }
@@ -324,6 +336,22 @@ impl Store {
             free_bytes: inner.space.free_bytes(),
             used_bytes: inner.entries.allocated_bytes(),
         }
+    }
+
+    /// Space of each disk. Looks at every object: for people's questions.
+    pub fn disks(&self) -> Vec<DiskSpace> {
+        let layout = &self.shared.layout;
+        let inner = self.shared.lock();
+        let used = inner.entries.allocated_by_disk(layout.disks.len());
+        let disks = layout.disks.iter().zip(&inner.space.disks).zip(used).zip(0..);
+        let is_meta = |disk: &PathBuf| *disk == layout.meta;
+        disks
+            .map(|(((disk, space), used_bytes), index)| DiskSpace {
+                path: if is_meta(disk) { layout.objects(index) } else { disk.clone() },
+                free_bytes: space.free_bytes,
+                used_bytes,
+            })
+            .collect()
     }
 
     /// The last epoch that [`Store::set_clean_through`] set; 0 at first.

@@ -29,6 +29,7 @@ use super::superblock::{self, Label, Sealed, Superblock};
 use super::{OpenError, OpenReport, Store, StoreConfig};
 use crate::world::World;
 use crate::world::disk::{self, FileLock, Files, Space};
+use crate::world::marks::{self, Mark};
 
 /// Names that an unfinished making of a store can leave in its directories, and nothing else.
 const MAKING_NAMES: [&str; 9] = [
@@ -106,10 +107,8 @@ impl Opening<'_> {
             }
         }
         let index_path = layout.meta_file(layout::INDEX);
-        let index =
-            Index::open(self.files, &index_path, self.config.sync).map_err(|error| index_error(&index_path, error))?;
-        let loaded = index.load().map_err(|error| index_error(&index_path, error))?;
-        let loaded = loaded.ok_or_else(|| damaged(&index_path, "it holds no index"))?;
+        let (index, loaded) = Index::open_and_load(self.files, &index_path, self.config.sync)
+            .map_err(|error| index_error(&index_path, error))?;
         let journal = self.open_journal(&layout, superblock.node)?;
         let spaces = self.spaces(&layout)?;
         let reserve_bytes = self.config.reserve_bytes;
@@ -382,6 +381,9 @@ impl Shared {
         let installed = self.find_installed(files, &journal)?;
         let (end, how) = self.replay(files, &journal, &installed, report)?;
         report.cut_tail = how == End::Torn;
+        if report.cut_tail {
+            marks::hit(Mark::JournalTailCut);
+        }
         if let End::Rotten { sequence } = how {
             let what =
                 format!("commit {sequence} is damaged although later ones are whole: acknowledged writes are lost");
@@ -398,7 +400,7 @@ impl Shared {
             let doomed: Vec<(u64, u8)> = self.lock().unlinkable.drain(..).collect();
             for (oid, disk) in doomed {
                 // A checkpoint in the middle of the replay may have named an object that was made again after it.
-                if self.lock().doomed.get(&oid) == Some(&disk) {
+                if self.lock().doomed.contains(&(oid, disk)) {
                     self.unlink(files, oid, disk);
                     report.removed_files += 1;
                 }

@@ -8,12 +8,14 @@
 
 use std::io;
 use std::sync::Arc;
+use std::time::Duration;
 
 use bytes::Bytes;
 use qemu_proto::oid::Oid;
+use sheep_core::peer_message::Salvaged;
 
 use super::checksum::BLOCK_BYTES;
-use super::object_file::{ObjectFile, ReadOutcome};
+use super::object_file::{ObjectFile, ReadOutcome, Unreadable};
 use super::record::Kind;
 use super::state::{Inner, Shared};
 use super::{ReadError, Store, hint};
@@ -21,6 +23,10 @@ use crate::world::disk::{self, Files};
 
 /// Content hashed per disk job: long enough to be worth the hop, short enough to let others in.
 const HASH_BYTES: usize = 1 << 20;
+
+/// How often a block that the device does not give is tried before what it held is given up.
+const UNREADABLE_TRIES: u32 = 10;
+const UNREADABLE_INTERVAL: Duration = Duration::from_millis(100);
 
 #[derive(Clone, Copy)]
 struct Range {
@@ -234,6 +240,58 @@ impl Store {
             Attempt::Done(result) => Some(result),
             Attempt::Wait(_) | Attempt::NotCached => None,
         }
+    }
+
+    /// Brings parts of objects (id, offset, length) into memory, as far as that can be, so that [`Store::read_now`] finds them:
+    /// cheaper than to ask a disk thread for each.
+    pub async fn warm(&self, parts: Vec<(Oid, u64, usize)>) {
+        let shared = self.shared.clone();
+        disk::run(&self.shared.world.disk, move |files| {
+            for (oid, offset, length) in parts {
+                // Whatever is wrong is told to whoever reads.
+                drop(shared.read_blocking(files, Range { oid: oid.raw(), offset, length }));
+            }
+        })
+        .await;
+    }
+
+    /// As [`Store::read`] of whole blocks, leaving out what is damaged: the bytes as of some moment since the call (zeros where
+    /// they cannot be had), and the damaged blocks with the checksums that their contents should have.
+    pub async fn salvage(&self, oid: Oid, offset: u64, length: usize) -> Result<Salvaged, ReadError> {
+        let range = Range { oid: oid.raw(), offset, length };
+        let (entry, pending) = {
+            let mut inner = self.shared.lock();
+            inner.view(range)?;
+            let pending = inner.overlay.get(&range.oid).and_then(|pending| pending.back()).map(|last| last.number);
+            (inner.entries.get(range.oid).ok_or(ReadError::Missing)?, pending)
+        };
+        if !offset.is_multiple_of(BLOCK_BYTES as u64) {
+            return Err(ReadError::OutOfRange);
+        }
+        if let Some(number) = pending {
+            self.shared.wait_applied(number).await?;
+        }
+        let attempt = |unreadable| {
+            let shared = self.shared.clone();
+            disk::run(&self.shared.world.disk, move |files| {
+                let object = shared.handle(files, range.oid, entry.disk(), entry.size_bytes());
+                let object = object.map_err(|error| io_error(range.oid, &error))?;
+                let object = object.ok_or(ReadError::Corrupt { block: None })?;
+                let mut bytes = vec![0; range.aligned_bytes()];
+                let damaged = object.salvage(range.first_block(), &mut bytes, unreadable);
+                let damaged = damaged.map_err(|error| io_error(range.oid, &error))?;
+                bytes.truncate(range.length);
+                let damaged = damaged.into_iter().map(|(block, tag)| (block as u32, tag)).collect();
+                Ok(Salvaged { damaged, bytes })
+            })
+        };
+        for _ in 0..UNREADABLE_TRIES {
+            match attempt(Unreadable::IsAnError).await {
+                Err(ReadError::Io { .. }) => self.shared.world.clock.sleep(UNREADABLE_INTERVAL).await,
+                read => return read,
+            }
+        }
+        attempt(Unreadable::IsDamaged).await
     }
 
     /// BLAKE3 over a whole object. Meaningful only if nobody writes to it meanwhile: compare its version before and

@@ -87,6 +87,19 @@ impl Staged {
         written.map_err(|error| self.error(&error))
     }
 
+    /// Has blocks (number, tag) read as damaged: what they held at this version is nowhere to be found. They heal when they
+    /// are written whole, or replaced by a copy that has them.
+    pub async fn set_damaged(&self, blocks: Vec<(u32, u32)>) -> Result<(), StoreError> {
+        let object = self.object();
+        if blocks.iter().any(|(block, _)| u64::from(*block) >= object.geometry().block_count()) {
+            return Err(StoreError::OutOfRange);
+        }
+        let marked = disk::run(&self.shared.world.disk, move |_| {
+            blocks.iter().try_for_each(|(block, tag)| object.set_damaged(u64::from(*block), *tag))
+        });
+        marked.await.map_err(|error| self.error(&error))
+    }
+
     /// Puts the object in place, durably, under this version. Refused if the local copy is newer by now.
     pub async fn install(mut self, version: Version) -> Result<(), StoreError> {
         let object = self.object();
@@ -94,14 +107,16 @@ impl Staged {
         let (shared, making) = (self.shared.clone(), self.shared.layout.making(self.disk));
         let flushed = disk::run(&self.shared.world.disk, move |files| {
             object.set_header(&header)?;
+            let allocated = object.allocated_bytes()?;
             if !shared.config.sync {
-                return Ok(());
+                return Ok(allocated);
             }
             object.sync()?;
-            files.sync_dir(&making)
+            files.sync_dir(&making)?;
+            Ok(allocated)
         })
         .await;
-        flushed.map_err(|error| self.error(&error))?;
+        let allocated = flushed.map_err(|error: std::io::Error| self.error(&error))?;
         let record = Record {
             oid: self.oid,
             version,
@@ -121,7 +136,12 @@ impl Staged {
             }
             match inner.stopped() {
                 Some(error) => Err(error),
-                None => Ok(inner.push_small(record)),
+                None => {
+                    let ticket = inner.push_small(record);
+                    // It takes no room in the journal that would bring on a checkpoint, which looks at sizes.
+                    inner.entries.set_allocated(self.oid, allocated);
+                    Ok(ticket)
+                }
             }
         })?;
         // From here on the journal owns the file.

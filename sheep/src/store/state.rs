@@ -23,9 +23,11 @@ use super::index::Index;
 use super::journal::{Journal, Position};
 use super::layout::Layout;
 use super::record::{Kind, Record};
+use super::ticket::{Outcome, Waiter};
 use super::{OpenReport, StoreConfig, StoreError};
 use crate::world::World;
 use crate::world::disk::{FileLock, Space};
+use crate::world::marks::{self, Mark};
 
 /// Write-back records wait at most this long for a commit (design.md section 7).
 const WRITE_BACK_DELAY: Duration = Duration::from_secs(1);
@@ -61,9 +63,6 @@ pub struct Pending {
     /// Its payload.
     pub data: bytes::Bytes,
 }
-
-/// Somebody who waits until a record is durable.
-pub type Waiter = oneshot::Sender<Result<(), StoreError>>;
 
 /// Free space as last seen, less what is on its way to the disks.
 #[derive(Default)]
@@ -212,7 +211,7 @@ pub struct Inner {
     /// As of the last applied record.
     pub clean_applied: Epoch,
     /// Removed objects whose files are still there, and their disks.
-    pub doomed: BTreeMap<u64, u8>,
+    pub doomed: BTreeSet<(u64, u8)>,
     /// Of those, the ones that a finished checkpoint has forgotten.
     pub unlinkable: VecDeque<(u64, u8)>,
     /// Sources of copies that are applied and not checkpointed.
@@ -228,7 +227,7 @@ pub struct Inner {
     pub closed: bool,
 
     /// To be told outside of the lock.
-    pub notices: Vec<(Waiter, Result<(), StoreError>)>,
+    pub notices: Vec<(Waiter, Outcome)>,
     /// To be admitted outside of the lock: cost, bytes, who.
     pub grants: Vec<(u64, u64, oneshot::Sender<Permit>)>,
 }
@@ -240,7 +239,7 @@ pub struct Due {
     apply: bool,
     timer: bool,
     checkpoint: Option<Box<Checkpoint>>,
-    notices: Vec<(Waiter, Result<(), StoreError>)>,
+    notices: Vec<(Waiter, Outcome)>,
     grants: Vec<(u64, u64, oneshot::Sender<Permit>)>,
 }
 
@@ -279,7 +278,7 @@ impl Inner {
             dirty: BTreeMap::new(),
             renamed: BTreeSet::new(),
             clean_applied: clean_through,
-            doomed: BTreeMap::new(),
+            doomed: BTreeSet::new(),
             unlinkable: VecDeque::new(),
             pinned: BTreeSet::new(),
             pinned_running: BTreeSet::new(),
@@ -381,6 +380,7 @@ impl Inner {
         if self.failed.is_some() {
             return;
         }
+        marks::hit(Mark::StoreFailed);
         tracing::error!("{what}; this node takes no writes until it is restarted");
         let what: Arc<str> = what.into();
         let waiters = std::mem::take(&mut self.waiters);
@@ -434,10 +434,24 @@ impl Shared {
         value
     }
 
+    /// As `with`, for a disk thread that is free to do the apply job itself if that became due: true if it must.
+    pub fn with_apply_left<T>(self: &Arc<Self>, change: impl FnOnce(&mut Inner) -> (T, bool)) -> (T, bool) {
+        let mut inner = self.lock();
+        let (value, is_free) = change(&mut inner);
+        let mut due = inner.due();
+        drop(inner);
+        let left = is_free && std::mem::take(&mut due.apply);
+        self.start(due);
+        (value, left)
+    }
+
     fn start(self: &Arc<Self>, due: Due) {
-        for (waiter, result) in due.notices {
-            // Whoever does not wait any more needs no answer.
-            let _ = waiter.send(result);
+        if !due.notices.is_empty() {
+            // Callbacks may start tasks, and this may be a thread of the disk's.
+            let _runtime = self.runtime.enter();
+            for (waiter, outcome) in due.notices {
+                waiter.complete(outcome);
+            }
         }
         for (cost, bytes, waiter) in due.grants {
             // A permit that nobody takes gives its space back when it is dropped here.
@@ -445,7 +459,7 @@ impl Shared {
         }
         if due.commit {
             let shared = self.clone();
-            self.world.disk.spawn(Box::new(move |_| shared.commit_queued()));
+            self.world.disk.spawn(Box::new(move |files| shared.commit_queued(files)));
         }
         if due.apply {
             let shared = self.clone();

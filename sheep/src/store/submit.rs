@@ -14,12 +14,13 @@ use bytes::Bytes;
 use qemu_proto::oid::Oid;
 use sheep_core::stamp::{Epoch, Version};
 
-use super::commit::{Ticket, cost_of};
+use super::commit::cost_of;
 use super::entries::Packed;
 use super::layout::Layout;
 use super::object_file::OBJECT_BYTES_MAX;
 use super::record::{Kind, Record};
 use super::state::{Inner, Pending, Permit, Queued, Shared};
+use super::ticket::Ticket;
 use super::{Store, StoreError, SubmitError};
 
 /// Write-back payload that may wait for a commit: twice what one batch takes.

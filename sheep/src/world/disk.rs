@@ -8,6 +8,7 @@
 //! [`File::sync_data`] (or [`Files::sync_filesystem`]); a created, renamed or removed name survives a power loss only
 //! after [`Files::sync_dir`] of its directory.
 
+use std::convert::Infallible;
 use std::future::Future;
 use std::io;
 use std::path::Path;
@@ -114,6 +115,11 @@ pub trait Disk: Send + Sync + 'static {
     fn spawn(&self, job: Job);
     /// The files themselves, for the few calls that cannot block and for code that already runs in a job.
     fn files(&self) -> Arc<dyn Files>;
+    /// Ends this process at once, as a crash would: it cannot rely on its disk any more and must not answer anybody. A
+    /// simulated one only never goes on from here.
+    fn end_process(&self) -> Pin<Box<dyn Future<Output = Infallible> + Send>> {
+        std::process::abort()
+    }
 }
 
 /// Runs `work` where it may block and gives its result back.

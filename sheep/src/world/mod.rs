@@ -7,7 +7,10 @@
 pub mod clock;
 pub mod disk;
 pub mod frames;
+pub mod marks;
 pub mod net;
+pub mod panics;
+pub mod planted;
 pub mod real_disk;
 mod real_mdns;
 pub mod real_net;
@@ -37,10 +40,11 @@ impl World {
     /// The real world of this process. `disk_threads` is the number of threads that may block on files at once.
     pub fn real(disk_threads: usize) -> std::io::Result<World> {
         Ok(World {
-            clock: Arc::new(clock::RealClock::new()),
             disk: Arc::new(real_disk::RealDisk::start(disk_threads)?),
             net: Arc::new(real_net::RealNet),
             rng: Arc::new(rng::OsRng),
+            // Last: see `RealClock`.
+            clock: Arc::new(clock::RealClock::new()),
         })
     }
 }

@@ -1,5 +1,7 @@
 //! Randomness. The real source is the kernel's; the simulator's comes from its one seed.
 
+use std::hash::BuildHasher;
+
 use rand::SeedableRng;
 pub use rand::rngs::SmallRng;
 
@@ -25,4 +27,10 @@ impl Rng for OsRng {
 /// sees enough of its output can foretell the rest: for choices, not for secrets.
 pub fn small(rng: &dyn Rng) -> SmallRng {
     SmallRng::seed_from_u64(rng.next_u64())
+}
+
+/// Bits for a library that asks for some without having been handed a world: for choices, not for secrets. They come from
+/// where the standard library takes the keys of its hash maps, which the simulator seeds too.
+pub fn homeless() -> u64 {
+    std::hash::RandomState::new().hash_one(0_u64)
 }

@@ -1,4 +1,8 @@
-//! The simulated world: disks that lose power, a clock that jumps, randomness from one seed.
+//! The simulated world: whole clusters on one thread, all of their history from one seed.
+//!
+//! | module | what it gives |
+//! |---|---|
+//! | [`sim_disk`] | disks that lose power, fail, fill up and rot |
 
 pub mod sim_disk;
 
@@ -6,7 +10,7 @@ use std::future::Future;
 use std::io;
 use std::pin::Pin;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicI64, AtomicU64, Ordering};
 use std::time::Duration;
 
 use sheep::world::World;
@@ -53,12 +57,18 @@ fn mix(state: u64) -> u64 {
 /// The runtime's clock, which a paused runtime moves on by itself whenever all tasks wait.
 pub struct SimClock {
     start: tokio::time::Instant,
+    wall_offset_seconds: Arc<AtomicI64>,
 }
 
 impl SimClock {
     /// A clock whose zero is now.
     pub fn new() -> SimClock {
-        SimClock { start: tokio::time::Instant::now() }
+        SimClock::with_wall(Arc::default())
+    }
+
+    /// The same, with a wall clock that somebody sets.
+    pub fn with_wall(wall_offset_seconds: Arc<AtomicI64>) -> SimClock {
+        SimClock { start: tokio::time::Instant::now(), wall_offset_seconds }
     }
 }
 
@@ -75,7 +85,8 @@ impl Clock for SimClock {
 
     fn wall(&self) -> WallTime {
         let since = self.monotonic();
-        WallTime { seconds: 1_700_000_000 + since.as_secs(), nanoseconds: since.subsec_nanos() }
+        let start = 1_700_000_000_i64.saturating_add(self.wall_offset_seconds.load(Ordering::Relaxed));
+        WallTime { seconds: start.max(0) as u64 + since.as_secs(), nanoseconds: since.subsec_nanos() }
     }
 
     fn sleep(&self, duration: Duration) -> Pin<Box<dyn Future<Output = ()> + Send>> {

@@ -10,9 +10,12 @@
 //! 3. Nothing depends on anything but the seeds and the order of the calls.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
+use std::convert::Infallible;
 use std::io;
 use std::path::{Path, PathBuf};
+use std::pin::Pin;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use sheep::world::disk::{DirEntry, Disk, File, FileLock, Files, Job, OpenMode, Space};
 
@@ -22,7 +25,7 @@ const PAGE_BYTES: usize = 4096;
 const SECTOR_BYTES: usize = 512;
 
 /// Size of a disk that nobody limited.
-const UNLIMITED_BYTES: u64 = 1 << 40;
+pub const UNLIMITED_BYTES: u64 = 1 << 40;
 
 /// Versions of a page between two syncs that a power cut can choose from; more would only cost memory.
 const VERSIONS_MAX: usize = 4;
@@ -96,6 +99,8 @@ struct State {
     faults: Vec<Fault>,
     capacity_bytes: u64,
     is_read_only: bool,
+    is_unplugged: bool,
+    slowness: (u64, Duration),
     zeros: Page,
 }
 
@@ -107,6 +112,10 @@ pub struct SimDisk {
 
 fn off() -> io::Error {
     io::Error::other("the simulated machine is off")
+}
+
+fn unplugged() -> io::Error {
+    io::Error::other("the simulated disk is not there")
 }
 
 impl SimDisk {
@@ -130,6 +139,8 @@ impl SimDisk {
                 faults: Vec::new(),
                 capacity_bytes: UNLIMITED_BYTES,
                 is_read_only: false,
+                is_unplugged: false,
+                slowness: (0, Duration::ZERO),
                 zeros: Arc::new([0; PAGE_BYTES]),
             })),
         }
@@ -149,10 +160,21 @@ impl SimDisk {
     }
 
     /// As `attach`, but jobs run later, one after the other, in a task of the current runtime, so that other tasks get
-    /// between them.
+    /// between them; see `set_slowness`.
     pub fn attach_deferred(&self) -> Arc<dyn Disk> {
         let queue = Arc::new(Mutex::new(Queue { jobs: VecDeque::new(), running: false }));
         Arc::new(Attached { files: Arc::new(self.sim_files()), queue: Some(queue) })
+    }
+
+    /// Of deferred jobs, one in `one_in` takes up to `max` before it runs, the others no time; 0: none of them.
+    pub fn set_slowness(&self, one_in: u64, max: Duration) {
+        self.lock().slowness = (one_in, max);
+    }
+
+    /// Tells whether what is attached now has been ended since.
+    pub fn end_watch(&self) -> Box<dyn Fn() -> bool + Send> {
+        let files = self.sim_files();
+        Box::new(move || files.lock().generation != files.generation)
     }
 
     /// The files, for a test that looks at them or damages them.
@@ -212,6 +234,44 @@ impl SimDisk {
         self.lock().is_read_only = is_read_only;
     }
 
+    /// Pulls the disk out, or plugs it in again: until then nothing on it can be reached.
+    pub fn set_unplugged(&self, is_unplugged: bool) {
+        self.lock().is_unplugged = is_unplugged;
+    }
+
+    /// Bytes that are not taken.
+    pub fn free_bytes(&self) -> u64 {
+        let state = self.lock();
+        state.capacity_bytes.saturating_sub(state.used_bytes())
+    }
+
+    /// Bytes that are taken.
+    pub fn used_bytes(&self) -> u64 {
+        self.lock().used_bytes()
+    }
+
+    /// Everything on it is gone, as if it were another disk; whatever is attached ends.
+    pub fn erase(&self) {
+        let mut state = self.lock();
+        state.end(Cut::Kill);
+        state.names = BTreeMap::from([(PathBuf::from("/"), Node::Dir)]);
+        state.durable_names = state.names.clone();
+        state.name_changes.clear();
+        state.inodes.clear();
+    }
+
+    /// Bytes that files take whose paths have a part of this name.
+    pub fn allocated_bytes(&self, part: &str) -> u64 {
+        let state = self.lock();
+        let size = |(path, node): (&PathBuf, &Node)| match node {
+            Node::File(inode) if path.components().any(|other| other.as_os_str() == part) => {
+                state.inodes[inode].pages.len() as u64 * PAGE_BYTES as u64
+            }
+            _ => 0,
+        };
+        state.names.iter().map(size).sum()
+    }
+
     /// Flips one bit of a file, synced or not.
     pub fn flip_bit(&self, path: &Path, bit: u64) {
         let mut state = self.lock();
@@ -224,6 +284,13 @@ impl SimDisk {
             content[byte] ^= 1 << (bit % 8);
             pages.insert(page, Arc::new(content));
         }
+    }
+
+    /// The page of a file that a byte lies in, as whoever reads it now would find it; nothing if the file is not there.
+    pub fn page_at(&self, path: &Path, byte: u64) -> Option<Vec<u8>> {
+        let state = self.lock();
+        let inode = &state.inodes[&state.inode_of(path).ok()?];
+        Some(inode.pages.get(&(byte / PAGE_BYTES as u64)).unwrap_or(&state.zeros).to_vec())
     }
 
     /// All files, with their visible lengths, in the order of their paths.
@@ -270,6 +337,9 @@ impl State {
     fn begin(&mut self, generation: u64, path: &str, operation: Operation) -> io::Result<bool> {
         if self.generation != generation {
             return Err(off());
+        }
+        if self.is_unplugged {
+            return Err(unplugged());
         }
         if self.is_read_only {
             return Err(io::ErrorKind::ReadOnlyFilesystem.into());
@@ -372,12 +442,23 @@ impl State {
         }
     }
 
+    /// How often a job steps back for others, and how long it takes.
+    fn pause(&mut self) -> (u64, Option<Duration>) {
+        let (one_in, max) = self.slowness;
+        let is_slow = one_in > 0 && self.random.one_in(one_in);
+        let wait = is_slow.then(|| Duration::from_millis(self.random.below(max.as_millis() as u64) + 1));
+        (self.random.below(3), wait)
+    }
+
     fn used_bytes(&self) -> u64 {
         self.inodes.values().map(|inode| inode.pages.len() as u64 * PAGE_BYTES as u64).sum()
     }
 
     fn check_room(&self, more_bytes: u64) -> io::Result<()> {
-        if self.capacity_bytes < UNLIMITED_BYTES && self.used_bytes() + more_bytes > self.capacity_bytes {
+        if more_bytes > 0
+            && self.capacity_bytes < UNLIMITED_BYTES
+            && self.used_bytes() + more_bytes > self.capacity_bytes
+        {
             return Err(io::ErrorKind::StorageFull.into());
         }
         Ok(())
@@ -525,6 +606,9 @@ impl SimFiles {
         let mut state = self.lock();
         if state.generation != self.generation {
             return Err(off());
+        }
+        if state.is_unplugged {
+            return Err(unplugged());
         }
         if !state.faults.is_empty() {
             state.check_fault(&path.display().to_string(), Operation::Read)?;
@@ -728,14 +812,27 @@ impl SimFile {
         if self.is_direct && !aligned { Err(io::ErrorKind::InvalidInput.into()) } else { Ok(()) }
     }
 
-    fn change(&self, operation: Operation, more_bytes: u64, change: impl FnOnce(&mut Inode, &Page)) -> io::Result<()> {
+    /// Changes `length` bytes from `offset` on; pages that are not there yet need room.
+    fn change(
+        &self,
+        operation: Operation,
+        (offset, length): (u64, u64),
+        change: impl FnOnce(&mut Inode, &Page),
+    ) -> io::Result<()> {
         let mut state = self.lock();
         if !self.is_writable && operation == Operation::Write {
             return Err(io::ErrorKind::PermissionDenied.into());
         }
         let path = if state.faults.is_empty() { String::new() } else { state.path_of(self.inode) };
         let cut_now = state.begin(self.generation, &path, operation)?;
-        state.check_room(more_bytes)?;
+        if state.capacity_bytes < UNLIMITED_BYTES
+            && length > 0
+            && let Some(inode) = state.inodes.get(&self.inode)
+        {
+            let pages = offset / PAGE_BYTES as u64..=(offset + length - 1) / PAGE_BYTES as u64;
+            let new = pages.filter(|page| !inode.pages.contains_key(page)).count();
+            state.check_room(new as u64 * PAGE_BYTES as u64)?;
+        }
         let zeros = state.zeros.clone();
         if let Some(inode) = state.inodes.get_mut(&self.inode)
             && !(cut_now && operation == Operation::Sync)
@@ -749,6 +846,9 @@ impl SimFile {
         let mut state = self.lock();
         if state.generation != self.generation {
             return Err(off());
+        }
+        if state.is_unplugged {
+            return Err(unplugged());
         }
         if !state.faults.is_empty() {
             let path = state.path_of(self.inode);
@@ -781,15 +881,15 @@ impl File for SimFile {
         }
         let bytes: Vec<u8> = buffers.iter().flat_map(|buffer| buffer.iter().copied()).collect();
         self.lock().note(offset, bytes.len() as u64);
-        self.change(Operation::Write, bytes.len() as u64, |inode, zeros| inode.write(&bytes, offset, zeros))
+        self.change(Operation::Write, (offset, bytes.len() as u64), |inode, zeros| inode.write(&bytes, offset, zeros))
     }
 
     fn sync_data(&self) -> io::Result<()> {
-        self.change(Operation::Sync, 0, |inode, _| inode.sync())
+        self.change(Operation::Sync, (0, 0), |inode, _| inode.sync())
     }
 
     fn set_len(&self, length_bytes: u64) -> io::Result<()> {
-        self.change(Operation::Write, 0, |inode, _| inode.set_length(length_bytes))
+        self.change(Operation::Write, (0, 0), |inode, _| inode.set_length(length_bytes))
     }
 
     fn len(&self) -> io::Result<u64> {
@@ -798,7 +898,7 @@ impl File for SimFile {
     }
 
     fn punch_hole(&self, offset: u64, length_bytes: u64) -> io::Result<()> {
-        self.change(Operation::Write, 0, |inode, _| inode.punch(offset, length_bytes))
+        self.change(Operation::Write, (0, 0), |inode, _| inode.punch(offset, length_bytes))
     }
 
     fn allocated_bytes(&self) -> io::Result<u64> {
@@ -844,13 +944,23 @@ impl Disk for Attached {
     fn files(&self) -> Arc<dyn Files> {
         self.files.clone()
     }
+
+    fn end_process(&self) -> Pin<Box<dyn Future<Output = Infallible> + Send>> {
+        if !self.is_dead() {
+            self.files.lock().end(Cut::Kill);
+        }
+        Box::pin(std::future::pending())
+    }
 }
 
 async fn run_jobs(queue: Arc<Mutex<Queue>>, files: Arc<SimFiles>) {
     loop {
-        let pauses = files.lock().random.below(3);
+        let (pauses, wait) = files.lock().pause();
         for _ in 0..=pauses {
             tokio::task::yield_now().await;
+        }
+        if let Some(wait) = wait {
+            tokio::time::sleep(wait).await;
         }
         let job = {
             let mut queue = queue.lock().unwrap_or_else(PoisonError::into_inner);

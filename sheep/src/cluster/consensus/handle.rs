@@ -31,9 +31,13 @@ const ENTRIES_KEPT: u64 = 500;
 const LAG_MAX: u64 = 100;
 /// How often conditions are looked at again that nothing tells of.
 const LOOK_AGAIN: Duration = Duration::from_millis(10);
+/// How soon it is noticed that the library has stopped.
+const LOOK_AFTER: Duration = Duration::from_millis(640);
 /// Between two candidacies of one node in `elect_now`: an election takes two disk syncs and two messages. Random up to
 /// twice this, so that two candidates do not stay in step.
 const CANDIDACY: Duration = Duration::from_millis(40);
+/// How long a new leader must last before `elect_now` ends.
+const CONFIRMATION: Duration = Duration::from_millis(200);
 /// How long `elect_now` goes on.
 const ELECTION_PATIENCE: Duration = Duration::from_secs(1);
 
@@ -100,21 +104,23 @@ impl Consensus {
 
     /// Makes snapshots of a log that grew large, and ends the process when the library stopped by itself.
     async fn look_after(self) {
-        let mut metrics = self.raft.metrics();
+        let metrics = self.raft.metrics();
         loop {
             tokio::select! {
                 () = self.log.large.notified() => {
                     // It fails only when the library has stopped.
                     let _ = self.raft.trigger().snapshot().await;
                 }
-                changed = metrics.changed() => {
+                // Not at each change of them: they change with every sign of life.
+                () = self.world.clock.beat(LOOK_AFTER) => {
                     let running = metrics.borrow().running_state.clone();
                     match running {
-                        Ok(()) if changed.is_ok() => {}
+                        Ok(()) if metrics.has_changed().is_ok() => {}
                         _ if self.stopping.load(Ordering::SeqCst) => return,
                         running => {
                             let reason = running.err().map_or_else(|| "its task ended".to_owned(), |error| error.to_string());
-                            give_up(&OrderError::Unreadable { place: "the log".to_owned(), reason });
+                            let error = OrderError::Unreadable { place: "the log".to_owned(), reason };
+                            match give_up(&self.world.disk, &error).await {}
                         }
                     }
                 }
@@ -317,7 +323,9 @@ impl Consensus {
     ///
     /// Other voters that still follow the dead leader refuse until they have not heard from it for `election_max`, unless
     /// they stand for election themselves. So this should be called on all voters that are left: then one of them is leader
-    /// as fast as disks and connections allow.
+    /// as fast as disks and connections allow. Each candidacy begins a term, and whoever was elected in an earlier one
+    /// is taken down by it. So a voter that gave its vote away lets that one try, and one whose log is behind that of another
+    /// does not stand again.
     pub async fn elect_now(&self) {
         let mut metrics = self.raft.metrics();
         let dead = {
@@ -325,19 +333,37 @@ impl Consensus {
             (metrics.current_leader, metrics.vote.leader_id)
         };
         let deadline = self.world.clock.monotonic() + ELECTION_PATIENCE;
-        let is_over = |metrics: &Metrics| {
-            let is_voter = metrics.membership_config.membership().voter_ids().any(|voter| voter == metrics.id);
-            let is_replaced =
-                metrics.current_leader.is_some() && (metrics.current_leader, metrics.vote.leader_id) != dead;
-            is_replaced || !is_voter || metrics.state == ServerState::Leader || metrics.running_state.is_err()
+        let is_voter =
+            |metrics: &Metrics| metrics.membership_config.membership().voter_ids().any(|voter| voter == metrics.id);
+        let is_replaced = |metrics: &Metrics| {
+            metrics.current_leader.is_some() && (metrics.current_leader, metrics.vote.leader_id) != dead
         };
-        while self.world.clock.monotonic() < deadline && !is_over(&metrics.borrow_and_update()) {
-            if self.raft.trigger().elect().await.is_err() {
-                return;
-            }
+        while self.world.clock.monotonic() < deadline {
+            let (replaced, gave_away, last) = {
+                let metrics = metrics.borrow_and_update();
+                if !is_voter(&metrics) || metrics.running_state.is_err() {
+                    return;
+                }
+                let vote = metrics.vote.leader_id;
+                (is_replaced(&metrics), vote != dead.1 && vote.node_id != metrics.id, metrics.last_log_index)
+            };
             let spread = self.world.rng.next_u64() % CANDIDACY.as_micros() as u64;
             let wait = CANDIDACY + Duration::from_micros(spread);
-            self.within(wait, metrics.wait_for(is_over)).await;
+            if replaced {
+                // A candidate that began a later term before it heard of this leader may still take it down.
+                if self.within(CONFIRMATION, metrics.wait_for(|metrics| !is_replaced(metrics))).await.is_none() {
+                    return;
+                }
+            } else if self.acknowledged.is_outrun(last) {
+                self.within(CONFIRMATION, metrics.wait_for(is_replaced)).await;
+            } else if gave_away && self.within(2 * wait, metrics.wait_for(is_replaced)).await.is_some() {
+                // The next round sees whether that one stays.
+            } else {
+                if self.raft.trigger().elect().await.is_err() {
+                    return;
+                }
+                self.within(wait, metrics.wait_for(is_replaced)).await;
+            }
         }
     }
 

@@ -10,6 +10,7 @@
 //! it anew.
 
 use std::collections::BTreeMap;
+use std::convert::Infallible;
 use std::fmt::Debug;
 use std::io::IoSlice;
 use std::ops::RangeBounds;
@@ -25,6 +26,8 @@ use super::format::{LogEntry, Mark};
 use super::log_file::{self, Found, Held, Image, Record, encode_batch, encoded_bytes, failed};
 use crate::cluster::driver::OrderError;
 use crate::world::disk::{File, Files, OpenMode};
+use crate::world::marks;
+use crate::world::planted::{self, Bug};
 use crate::world::{Disk, World, disk};
 
 /// A file longer than this is followed by the next one. Removing a file gives back what was purged.
@@ -35,9 +38,9 @@ const READ_BYTES_MAX: usize = 4 << 20;
 const SNAPSHOT_AFTER_BYTES: u64 = 8 << 20;
 
 /// Ends the process, because it cannot rely on its disk any more.
-pub(super) fn give_up(error: &OrderError) -> ! {
+pub(super) async fn give_up(disk: &Arc<dyn Disk>, error: &OrderError) -> Infallible {
     tracing::error!("lost the cluster's order: {error}");
-    std::process::abort()
+    disk.end_process().await
 }
 
 /// The log. Clones are the same log.
@@ -117,7 +120,7 @@ impl LogStore {
         match written.await {
             Ok(true) => self.large.notify_one(),
             Ok(false) => {}
-            Err(error) => give_up(&error),
+            Err(error) => match give_up(&self.disk, &error).await {},
         }
     }
 
@@ -149,6 +152,7 @@ impl Writer {
         let file = files.open(&path, mode).map_err(failed("open", &path))?;
         let position = found.last_bytes.unwrap_or(0);
         if file.len().map_err(failed("read", &path))? > position {
+            marks::hit(marks::Mark::OrderTailCut);
             tracing::warn!("cut a torn record off {} at byte {position}", path.display());
             file.set_len(position).map_err(failed("cut", &path))?;
         }
@@ -267,7 +271,9 @@ impl RaftLogStorage<Types> for LogStore {
 
     async fn save_vote(&mut self, vote: &Vote<u64>) -> Result<(), StorageError<u64>> {
         let ballot = (*vote).into();
-        self.write(vec![Record::Vote(ballot)]).await;
+        if !planted::is(Bug::ForgottenVote) {
+            self.write(vec![Record::Vote(ballot)]).await;
+        }
         self.change(|image| image.ballot = Some(ballot));
         Ok(())
     }

@@ -17,6 +17,7 @@ pub mod log_file;
 mod log_store;
 pub mod machine;
 mod network;
+mod runtime;
 pub mod snapshots;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -44,12 +45,13 @@ openraft::declare_raft_types!(
         Node = openraft::EmptyNode,
         Entry = openraft::Entry<Types>,
         SnapshotData = Cursor<Vec<u8>>,
+        AsyncRuntime = runtime::Runtime,
 );
 
 /// How fast a dead leader is replaced.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Timing {
-    /// Between two signs of life of the leader.
+    /// Two thirds of the time between two signs of life of the leader: the library looks at its clock that seldom.
     pub heartbeat: Duration,
     /// A voter stands for election when it has not heard of a leader for `election_max` (no voter follows another one
     /// before) and a random time from `election_min` to `election_max` on top.
@@ -61,9 +63,10 @@ pub struct Timing {
 impl Default for Timing {
     fn default() -> Timing {
         Timing {
-            heartbeat: Duration::from_millis(100),
-            election_min: Duration::from_millis(300),
-            election_max: Duration::from_millis(500),
+            // A tick of 192: three slots of the timers' wheel.
+            heartbeat: Duration::from_millis(128),
+            election_min: Duration::from_millis(200),
+            election_max: Duration::from_millis(350),
         }
     }
 }

@@ -48,9 +48,23 @@ pub(super) struct Acknowledged {
     sent: Mutex<BTreeMap<u64, (u64, Duration)>>,
     /// The latest term and candidate or leader that this node has told anybody to follow.
     promised: Mutex<(u64, u64)>,
+    /// How long this node's log was when another voter refused its vote for having more.
+    outrun: Mutex<Option<u64>>,
 }
 
 impl Acknowledged {
+    fn note_answer_to_candidate(&self, own: Option<Mark>, theirs: Option<Mark>) {
+        if theirs > own {
+            *self.outrun.lock().unwrap_or_else(PoisonError::into_inner) = Some(own.map_or(0, |own| own.index + 1));
+        }
+    }
+
+    /// Whether a voter was found to have more of the log than this node, whose log ends here: it is unlikely to be elected,
+    /// and each attempt begins a term that takes the one who was down.
+    pub fn is_outrun(&self, last: Option<u64>) -> bool {
+        *self.outrun.lock().unwrap_or_else(PoisonError::into_inner) == Some(last.map_or(0, |last| last + 1))
+    }
+
     fn record(&self, target: u64, term: u64, sent: Duration) {
         let mut all = self.sent.lock().unwrap_or_else(PoisonError::into_inner);
         let latest = all.entry(target).or_insert((term, sent));
@@ -179,9 +193,11 @@ impl RaftNetwork<Types> for Line {
         request: VoteRequest<u64>,
         option: RPCOption,
     ) -> Result<VoteResponse<u64>, Failed<openraft::error::Infallible>> {
-        let request = Request::Vote { ballot: request.vote.into(), last: request.last_log_id.map(Mark::from) };
+        let own = request.last_log_id.map(Mark::from);
+        let request = Request::Vote { ballot: request.vote.into(), last: own };
         match self.ask(&request, option.hard_ttl()).await? {
             Response::Voted { ballot, granted, last } => {
+                self.acknowledged.note_answer_to_candidate(own, last);
                 Ok(VoteResponse::new(Vote::from(ballot), last.map(LogId::from), granted))
             }
             other => Err(unexpected(&other).into()),

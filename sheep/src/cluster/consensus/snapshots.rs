@@ -29,6 +29,7 @@ use super::machine::{Answer, Machine};
 use super::{Published, Types};
 use crate::cluster::driver::OrderError;
 use crate::world::disk::{Files, OpenMode};
+use crate::world::marks;
 use crate::world::{World, disk};
 
 const MAGIC: [u8; 8] = *b"SHEEPSN1";
@@ -173,7 +174,7 @@ impl StateStore {
         });
         match saved.await {
             Ok(bytes) => bytes,
-            Err(error) => give_up(&error),
+            Err(error) => match give_up(&self.world.disk, &error).await {},
         }
     }
 }
@@ -278,6 +279,7 @@ impl RaftStateMachine<Types> for StateStore {
         meta: &SnapshotMeta<u64, EmptyNode>,
         snapshot: Box<Cursor<Vec<u8>>>,
     ) -> Result<(), StorageError<u64>> {
+        marks::hit(marks::Mark::OrderSnapshotTaken);
         let bytes = snapshot.into_inner();
         // What arrives over the network was decoded before the library saw it (`network`).
         let frozen = decode(&bytes)
@@ -306,7 +308,7 @@ impl RaftStateMachine<Types> for StateStore {
                 let meta = meta_of(frozen.last.map(LogId::from), frozen.voters.into());
                 Some(Snapshot { meta, snapshot: Box::new(Cursor::new(bytes)) })
             }
-            Err(error) => give_up(&error),
+            Err(error) => match give_up(&self.world.disk, &error).await {},
         })
     }
 }

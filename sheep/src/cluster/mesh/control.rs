@@ -2,8 +2,8 @@
 //!
 //! Always holds:
 //! 1. When the connection ends, everybody who waits for an answer hears of it at once.
-//! 2. A connection without any byte from the other side for [`MeshTiming::silence`](super::MeshTiming) ends: the dialer pings,
-//!    so bytes go both ways on one that works.
+//! 2. A connection without any byte from the other side for [`MeshTiming::silence`](super::MeshTiming) ends: the dialer pings
+//!    when it has nothing to ask, so bytes go both ways on one that works.
 //! 3. The listener holds a bounded number of requests of a connection; while they are all under way it reads no further.
 
 use std::collections::{BTreeMap, VecDeque};
@@ -41,6 +41,8 @@ const STRANGER_BODY_BYTES_MAX: usize = 4 << 20;
 const RTT_COUNT: usize = 64;
 /// Pings that wait for their pong; with one each half second none is older than the silence that ends the connection.
 const PINGS_MAX: usize = 16;
+/// Of a connection that carries something all the time, one ping in so many is sent.
+const PINGS_SPARED: u32 = 8;
 
 type Pending = BTreeMap<u64, oneshot::Sender<Bytes>>;
 
@@ -54,6 +56,9 @@ pub(super) struct Link {
     /// `None` once the link is down.
     pending: Mutex<Option<Pending>>,
     pings: Mutex<Pings>,
+    /// When a request was last handed to the connection, in monotonic nanoseconds.
+    asked: AtomicU64,
+    clock: Arc<dyn Clock>,
 }
 
 /// The dialer's end, for running the connection.
@@ -68,6 +73,8 @@ pub(super) struct LinkRunner {
 #[derive(Default)]
 struct Pings {
     next_id: u64,
+    /// Monotonic time of the last.
+    last: Option<Duration>,
     /// Id and monotonic time of sending.
     under_way: VecDeque<(u64, Duration)>,
     /// The last ones, in microseconds.
@@ -93,6 +100,8 @@ impl Link {
             next_id: AtomicU64::new(1),
             pending: Mutex::new(Some(BTreeMap::new())),
             pings: Mutex::new(Pings::default()),
+            asked: AtomicU64::new(0),
+            clock: world.clock.clone(),
         });
         (link.clone(), LinkRunner { link, connection, queue, world, timing })
     }
@@ -117,6 +126,7 @@ impl Link {
             sent = self.outgoing.send(Outgoing::new(Kind::Request, id, message.into())) => sent.map_err(|_| Unreachable)?,
             _ = &mut receiver => return Err(Unreachable),
         }
+        self.asked.store(self.clock.monotonic().as_nanos() as u64, Ordering::Relaxed);
         receiver.await.map_err(|_| Unreachable)
     }
 
@@ -138,14 +148,23 @@ impl Link {
         self.pending.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn ping(&self, now: Duration) {
+    /// Pings, unless the connection shows by itself that it works: something went out and something came in within
+    /// `interval`. Every so often it does all the same, for the statistics.
+    fn ping(&self, heard: &Heard, interval: Duration, now: Duration) {
+        let is_recent = |at: Duration| now.saturating_sub(at) < interval;
+        let asked = Duration::from_nanos(self.asked.load(Ordering::Relaxed));
+        let is_busy = is_recent(asked) && is_recent(heard.at());
         let mut pings = self.pings.lock().unwrap_or_else(PoisonError::into_inner);
+        if is_busy && pings.last.is_some_and(|last| now.saturating_sub(last) < interval * PINGS_SPARED) {
+            return;
+        }
         let id = pings.next_id;
         // A full queue is full of frames that show the other side just as well that somebody is here.
         if pings.under_way.len() < PINGS_MAX
             && self.outgoing.try_send(Outgoing::new(Kind::Ping, id, Bytes::new())).is_ok()
         {
             pings.next_id += 1;
+            pings.last = Some(now);
             pings.under_way.push_back((id, now));
         }
     }
@@ -197,8 +216,8 @@ impl LinkRunner {
         tokio::select! {
             ended = read_answers(&mut reader, &self.link, &clock) => ended,
             ended = write_frames(&mut *self.connection.writer, &mut self.queue) => ended,
-            () = ping(&self.link, self.timing.ping, &clock) => Ok(()),
-            () = wait_for_silence(&heard, self.timing.silence, &clock) => Err(silent()),
+            () = ping(&self.link, &heard, self.timing.ping, &clock) => Ok(()),
+            () = wait_for_silence(&heard, &self.timing, &clock) => Err(silent()),
         }
     }
 }
@@ -216,10 +235,10 @@ async fn read_answers(reader: &mut FrameReader, link: &Link, clock: &Arc<dyn Clo
     }
 }
 
-async fn ping(link: &Link, interval: Duration, clock: &Arc<dyn Clock>) {
+async fn ping(link: &Link, heard: &Heard, interval: Duration, clock: &Arc<dyn Clock>) {
     loop {
-        link.ping(clock.monotonic());
-        clock.sleep(interval).await;
+        link.ping(heard, interval, clock.monotonic());
+        clock.beat(interval).await;
     }
 }
 
@@ -238,7 +257,7 @@ pub(super) async fn serve(
     let ended = tokio::select! {
         ended = answer(&mut reader, &outgoing, &peer, service) => ended,
         ended = write_frames(writer, &mut queue) => ended,
-        () = wait_for_silence(&heard, timing.silence, &clock) => Err(silent()),
+        () = wait_for_silence(&heard, &timing, &clock) => Err(silent()),
     };
     if ended.is_ok() {
         let closing = tokio::io::AsyncWriteExt::shutdown(writer);
@@ -301,6 +320,12 @@ fn silent() -> io::Error {
 /// When the other side was heard last, in monotonic nanoseconds.
 struct Heard(AtomicU64);
 
+impl Heard {
+    fn at(&self) -> Duration {
+        Duration::from_nanos(self.0.load(Ordering::Relaxed))
+    }
+}
+
 struct Watched {
     inner: Box<dyn AsyncRead + Send + Unpin>,
     heard: Arc<Heard>,
@@ -325,11 +350,17 @@ impl AsyncRead for Watched {
     }
 }
 
-/// Completes once nothing was heard for `silence`.
-async fn wait_for_silence(heard: &Heard, silence: Duration, clock: &Arc<dyn Clock>) {
+/// Completes once nothing was heard for the time that [`MeshTiming::silence`](super::MeshTiming) says.
+async fn wait_for_silence(heard: &Heard, timing: &MeshTiming, clock: &Arc<dyn Clock>) {
+    let (silence, interval) = (timing.silence, timing.ping);
     loop {
-        let since = clock.monotonic().saturating_sub(Duration::from_nanos(heard.0.load(Ordering::Relaxed)));
+        let since = clock.monotonic().saturating_sub(heard.at());
         let Some(rest) = silence.checked_sub(since).filter(|rest| !rest.is_zero()) else { return };
-        clock.sleep(rest).await;
+        if rest > interval {
+            // Together with all that this process does again and again.
+            clock.beat(interval).await;
+        } else {
+            clock.sleep(rest).await;
+        }
     }
 }

@@ -11,11 +11,13 @@ use rustls::pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer};
 use serde::{Deserialize, Serialize};
 use sheep_core::admission::Fingerprint;
 
-use crate::world::World;
 use crate::world::disk::{self, Files, OpenMode};
+use crate::world::{Rng, World};
 
 const MAGIC: [u8; 8] = *b"SHEEPIDN";
 const HEADER_BYTES: usize = MAGIC.len() + blake3::OUT_LEN;
+/// What a private Ed25519 key of 32 bytes begins with in PKCS#8 (RFC 8410, section 7).
+const ED25519_PKCS8: [u8; 16] = [0x30, 0x2e, 2, 1, 0, 0x30, 5, 6, 3, 0x2b, 0x65, 0x70, 4, 0x22, 4, 0x20];
 /// Certificate and key take less than one KiB together.
 const FILE_BYTES_MAX: u64 = 16 << 10;
 
@@ -48,11 +50,12 @@ pub fn fingerprint(certificate: &[u8]) -> Fingerprint {
 impl Identity {
     /// Reads the identity from `path`, or makes one there. Its directory must exist.
     pub async fn open(world: &World, path: PathBuf) -> io::Result<Identity> {
+        let rng = world.rng.clone();
         disk::run(&world.disk, move |files| {
             if files.exists(&path)? {
                 read(files, &path)
             } else {
-                let identity = Identity::generate()?;
+                let identity = Identity::generate(&*rng)?;
                 write(files, &path, &identity)?;
                 Ok(identity)
             }
@@ -60,11 +63,16 @@ impl Identity {
         .await
     }
 
-    /// A new identity that is stored nowhere: an ECDSA P-256 key and a certificate that it signed itself. Nobody checks the
-    /// names or dates in it.
-    pub fn generate() -> io::Result<Identity> {
+    /// A new identity that is stored nowhere: an Ed25519 key, all of it from `rng`, and a certificate that it signed itself.
+    /// Nobody checks the names or dates in it. Every such identity is of one length, and so is every handshake with it.
+    pub fn generate(rng: &dyn Rng) -> io::Result<Identity> {
         let make = || {
-            let key = rcgen::KeyPair::generate()?;
+            let mut pkcs8 = ED25519_PKCS8.to_vec();
+            for _ in 0..4 {
+                pkcs8.extend_from_slice(&rng.next_u64().to_le_bytes());
+            }
+            let pkcs8 = PrivatePkcs8KeyDer::from(pkcs8);
+            let key = rcgen::KeyPair::from_pkcs8_der_and_sign_algo(&pkcs8, &rcgen::PKCS_ED25519)?;
             let certificate = rcgen::CertificateParams::new(vec!["sheep".to_owned()])?.self_signed(&key)?;
             Ok(Stored { certificate: certificate.der().to_vec(), key: key.serialize_der() })
         };

@@ -110,7 +110,13 @@ mod on_loopback {
 
     impl Node {
         async fn start(id: u64, rules: Rules) -> Node {
-            Node::start_at(id, rules, Identity::generate().unwrap(), "127.0.0.1:0".parse().unwrap()).await
+            Node::start_at(
+                id,
+                rules,
+                Identity::generate(&crate::world::rng::OsRng).unwrap(),
+                "127.0.0.1:0".parse().unwrap(),
+            )
+            .await
         }
 
         async fn start_at(id: u64, rules: Rules, identity: Identity, listen: SocketAddr) -> Node {
@@ -271,7 +277,7 @@ mod on_loopback {
         refused(&mut a, &mut b, Rejection::Replaced).await;
         b.set(|rules| rules.pins.clear());
         let mut c = Node::start(3, Rules::default()).await;
-        let (copy, anywhere) = (Identity::generate().unwrap(), "127.0.0.1:0".parse().unwrap());
+        let (copy, anywhere) = (Identity::generate(&crate::world::rng::OsRng).unwrap(), "127.0.0.1:0".parse().unwrap());
         let mut d = Node::start_process(3, 301, Rules::default(), copy, anywhere).await;
         refused(&mut c, &mut d, Rejection::SameNode).await;
         // Its own address is no copy: only the side that dialed hears of it.
@@ -330,7 +336,7 @@ mod on_loopback {
     #[tokio::test]
     async fn another_version_is_told_so_on_both_sides() {
         let mut b = Node::start(2, Rules::default()).await;
-        let tls = Tls::new(&Identity::generate().unwrap()).unwrap();
+        let tls = Tls::new(&Identity::generate(&crate::world::rng::OsRng).unwrap()).unwrap();
         let (mut connection, _) = raw(&tls, b.address).await;
         // a body that this version cannot read
         let mut bytes = Message::Accepted.encode();
@@ -368,7 +374,7 @@ mod on_loopback {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
         tokio::spawn(async move {
-            let tls = Tls::new(&Identity::generate().unwrap()).unwrap();
+            let tls = Tls::new(&Identity::generate(&crate::world::rng::OsRng).unwrap()).unwrap();
             loop {
                 let (stream, _) = listener.accept().await.unwrap();
                 let (reader, writer) = stream.into_split();
@@ -458,7 +464,7 @@ mod on_loopback {
 
     #[tokio::test]
     async fn a_peer_that_says_nothing_any_more_is_down_without_evidence() {
-        let identity = Identity::generate().unwrap();
+        let identity = Identity::generate(&crate::world::rng::OsRng).unwrap();
         let tls = Tls::new(&identity).unwrap();
         let mut a = Node::start(1, in_cluster(None)).await;
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
@@ -504,7 +510,7 @@ mod on_loopback {
         assert_eq!(&back, b"back");
 
         // in the same record as the last message of the handshake
-        let identity = Identity::generate().unwrap();
+        let identity = Identity::generate(&crate::world::rng::OsRng).unwrap();
         b.set(|rules| rules.pins.extend([(NodeId(50), identity.fingerprint())]));
         let (mut connection, _) = raw(&Tls::new(&identity).unwrap(), b.address).await;
         let hello = Message::Hello { hello: node_hello(Channel::Data).encode(), proof: None };
@@ -621,7 +627,7 @@ mod on_loopback {
     #[tokio::test]
     async fn hostile_bytes_do_no_harm() {
         let (a, b) = members().await;
-        let tls = Tls::new(&Identity::generate().unwrap()).unwrap();
+        let tls = Tls::new(&Identity::generate(&crate::world::rng::OsRng).unwrap()).unwrap();
         let mut noise: Vec<Vec<u8>> = vec![
             b"GET / HTTP/1.1\r\n\r\n".to_vec(),
             vec![0x16; 3000],
@@ -691,7 +697,7 @@ mod on_loopback {
         }
         assert_eq!(a.up().await.node, b.id);
         // one that finishes TLS and stops there
-        let tls = Tls::new(&Identity::generate().unwrap()).unwrap();
+        let tls = Tls::new(&Identity::generate(&crate::world::rng::OsRng).unwrap()).unwrap();
         let (mut connection, _) = raw(&tls, b.address).await;
         hangs_up(&mut *connection.reader).await;
         // one that drips

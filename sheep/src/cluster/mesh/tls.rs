@@ -59,7 +59,8 @@ impl Tls {
     /// A client without a certificate, as a `dog` is one.
     #[cfg(test)]
     pub fn anonymous() -> Tls {
-        let mut tls = Tls::new(&Identity::generate().expect("a fresh identity")).expect("a usable one");
+        let mut tls =
+            Tls::new(&Identity::generate(&crate::world::rng::OsRng).expect("a fresh identity")).expect("a usable one");
         let provider = Arc::new(aws_lc_rs::default_provider());
         let verifier = Arc::new(AnyCertificate { algorithms: provider.signature_verification_algorithms });
         let mut config = ClientConfig::builder_with_provider(provider)

@@ -108,7 +108,7 @@ pub struct MeshTiming {
     pub retry_max: Duration,
     /// Between attempts after the other side, or we, said no: somebody has to do something first.
     pub retry_rejected: Duration,
-    /// Between pings of a control connection.
+    /// Between pings of a control connection that carries nothing else.
     pub ping: Duration,
     /// Without any byte from the other side, a control connection is broken off.
     pub silence: Duration,
@@ -124,7 +124,7 @@ impl Default for MeshTiming {
             retry_min: Duration::from_millis(20),
             retry_max: Duration::from_millis(500),
             retry_rejected: Duration::from_secs(5),
-            ping: Duration::from_millis(500),
+            ping: Duration::from_millis(640),
             // As long as the fence: by then this node has stopped serving anyway if it hears from nobody.
             silence: Duration::from_secs(2),
         }

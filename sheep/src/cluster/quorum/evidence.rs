@@ -14,6 +14,7 @@ use super::messages::{Answer, Card, Found, Request, decode, encode};
 use super::{Quorum, lock};
 use crate::cluster::gossip::GossipEvent;
 use crate::cluster::mesh::{Event, Peer, Reach};
+use crate::world::marks::{self, Mark};
 use std::sync::Arc;
 
 /// How long somebody may take to find out whether an address refuses connections.
@@ -109,6 +110,7 @@ impl Quorum {
         if voters.len() > 2 && !self.confirmed_by_another(node, boot).await {
             return;
         }
+        marks::hit(Mark::LeaderDied);
         tracing::warn!("node {node}, which led the order, is dead: electing another leader");
         // Every voter that finds so stands: one that stands itself does not hold the others' votes up, as one that still
         // believes in the dead leader would.

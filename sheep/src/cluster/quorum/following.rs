@@ -18,8 +18,8 @@ const WAIT: Duration = Duration::from_secs(1);
 const PATIENCE: Duration = Duration::from_secs(10);
 /// Between attempts while nobody can be followed.
 const RETRY: Duration = Duration::from_millis(50);
-/// Between looks whether the votes still bring the order here: what tells of it comes with the pulse.
-const LOOK_INTERVAL: Duration = Duration::from_millis(200);
+/// Between looks whether the votes still bring the order here, if nothing tells of it.
+const LOOK_INTERVAL: Duration = Duration::from_millis(640);
 
 /// What asking the leader came to.
 enum Followed {
@@ -36,7 +36,13 @@ impl Quorum {
         loop {
             match self.follow_once().await {
                 Followed::Learned => {}
-                Followed::NothingToDo => self.inner.world.clock.sleep(LOOK_INTERVAL).await,
+                Followed::NothingToDo => {
+                    // Told by the leader's word; but whoever gave up its era hears no leader of the next before it follows.
+                    tokio::select! {
+                        () = self.inner.follow_wake.notified() => {}
+                        () = self.inner.world.clock.beat(LOOK_INTERVAL) => {}
+                    }
+                }
                 Followed::InVain => self.inner.world.clock.sleep(RETRY).await,
             }
         }
@@ -48,13 +54,7 @@ impl Quorum {
         if leader == self.inner.node {
             return Followed::NothingToDo;
         }
-        // The votes bring the order to those who take part in them. Whether that works is seen from what the leader has: one
-        // that was replaced as a voter while it was away does not know of it.
-        let is_brought = {
-            let known = lock(&self.inner.pulse);
-            known.in_votes && self.index() >= known.indices[1]
-        };
-        if is_brought {
+        if self.is_brought() {
             return Followed::NothingToDo;
         }
         let after = self.index();
@@ -65,6 +65,23 @@ impl Quorum {
                 Followed::Learned
             }
             _ => Followed::InVain,
+        }
+    }
+
+    /// The votes bring the order to those who take part in them. Whether that works is seen from what the leader has: one
+    /// that was replaced as a voter while it was away does not know of it.
+    fn is_brought(&self) -> bool {
+        let (in_votes, index) = {
+            let known = lock(&self.inner.pulse);
+            (known.in_votes, known.indices[1])
+        };
+        in_votes && self.index() >= index
+    }
+
+    /// The leader's word may have changed whether this node has to ask for the order.
+    pub(super) fn look_whether_to_follow(&self) {
+        if !self.is_brought() {
+            self.inner.follow_wake.notify_one();
         }
     }
 

@@ -24,6 +24,8 @@ const IN_INTERVAL: Duration = Duration::from_millis(200);
 const ASK_INTERVAL: Duration = Duration::from_millis(100);
 /// Between attempts of a node that an operator has to admit.
 const BEG_INTERVAL: Duration = Duration::from_millis(500);
+/// Between two lines of the log that say the same refusal.
+const TELL_REFUSAL_INTERVAL: Duration = Duration::from_mins(1);
 /// How long the leader may take to let somebody in: an earlier process may have to be taken out first.
 const PATIENCE: Duration = Duration::from_secs(5);
 /// A node that has not asked for this long is not shown as asking any more.
@@ -135,7 +137,9 @@ impl Quorum {
                 let Some(leader) = self.leader() else { return ASK_INTERVAL };
                 let join = self.join_request(&state);
                 if leader == self.inner.node {
-                    let fingerprint = state.admission.nodes.get(&leader).copied();
+                    // An open cluster notes no certificates of those who joined it later.
+                    let own = state.admission.open.then_some(self.inner.fingerprint);
+                    let fingerprint = state.admission.nodes.get(&leader).copied().or(own);
                     let Some(fingerprint) = fingerprint else { return BEG_INTERVAL };
                     self.let_in(&join, fingerprint, true).await;
                 } else {
@@ -211,7 +215,7 @@ impl Quorum {
                 false
             }
             JoinAnswer::Refused(reason) => {
-                tracing::warn!("the cluster does not take this node: {reason}");
+                self.tell_refusal(&reason);
                 if self.inner.token.is_some() && self.charter().is_none() {
                     self.inner.fatal.send_replace(Some(format!("the cluster does not take this node: {reason}")));
                 }
@@ -222,6 +226,18 @@ impl Quorum {
                 false
             }
             JoinAnswer::Later | JoinAnswer::NotLeader(_) => false,
+        }
+    }
+
+    /// It goes on asking, and says why in vain now and then.
+    fn tell_refusal(&self, reason: &str) {
+        let now = self.inner.world.clock.monotonic();
+        let mut told = lock(&self.inner.refused);
+        let is_old =
+            told.as_ref().is_none_or(|(last, at)| last != reason || now.saturating_sub(*at) > TELL_REFUSAL_INTERVAL);
+        if is_old {
+            tracing::warn!("the cluster does not take this node: {reason}");
+            *told = Some((reason.to_string(), now));
         }
     }
 
@@ -275,6 +291,11 @@ impl Quorum {
         match self.order_at(Command::Join { member: member.clone(), time: self.label() }).await {
             Ok((index, Outcome::Done)) => JoinAnswer::Joined { charter, index },
             Ok((_, Outcome::Refused(Refusal::Waiting))) => JoinAnswer::Later,
+            Ok((_, Outcome::Refused(Refusal::EarlierVersion))) => JoinAnswer::Refused(format!(
+                "its version understands level {}, and the cluster uses level {}: install the version that the other nodes run",
+                member.level,
+                self.state().level
+            )),
             Ok(outcome) => JoinAnswer::Refused(format!("the order answered {outcome:?}")),
             Err(_) => JoinAnswer::Later,
         }

@@ -126,6 +126,10 @@ struct Inner {
     /// Keeps those apart who would open the log.
     opening: tokio::sync::Mutex<()>,
     pulse: Mutex<pulse::Known>,
+    /// The leader is to be asked now.
+    pulse_wake: Notify,
+    /// The leader has ordered something that the votes do not bring here.
+    follow_wake: Notify,
     stewardship: Mutex<Stewardship>,
     steward_wake: Notify,
     joins: tokio::sync::Mutex<()>,
@@ -142,6 +146,8 @@ struct Inner {
     /// The highest number of an era that this process tried to begin.
     era_begun: AtomicU32,
     leaving: AtomicBool,
+    /// Why the cluster did not take this node when it was last told, and when that was.
+    refused: Mutex<Option<(String, Duration)>>,
     /// Why this process cannot go on, if so.
     fatal: watch::Sender<Option<String>>,
 }
@@ -264,6 +270,8 @@ impl Quorum {
             opening: tokio::sync::Mutex::new(()),
             pulse: Mutex::new(pulse::Known::default()),
             stewardship: Mutex::new(Stewardship::default()),
+            pulse_wake: Notify::new(),
+            follow_wake: Notify::new(),
             steward_wake: Notify::new(),
             joins: tokio::sync::Mutex::new(()),
             acquaintances: Mutex::new(BTreeMap::new()),
@@ -275,6 +283,7 @@ impl Quorum {
             latest_era: Mutex::new(None),
             era_begun: AtomicU32::new(0),
             leaving: AtomicBool::new(false),
+            refused: Mutex::new(None),
             fatal: watch::channel(None).0,
         };
         let quorum = Quorum { inner: Arc::new(inner) };

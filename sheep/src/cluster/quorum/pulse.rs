@@ -18,9 +18,9 @@ use super::messages::{Answer, Ping, Pong, Request};
 use super::voting::Voting;
 use super::{FENCE, Quorum, lock};
 
-/// How often the leader is asked: often enough that a lost packet or two (TCP sends again after some 200 ms) is made good
+/// How often the leader is asked, and a new one at once: often enough that a lost packet or two (TCP sends again after some 200 ms) is made good
 /// within the fence, seldom enough to cost nothing.
-const PULSE: Duration = Duration::from_millis(200);
+const PULSE: Duration = Duration::from_millis(320);
 /// Without a good answer for this long, everybody is asked, and asked to ask the leader.
 const WORRY: Duration = Duration::from_millis(500);
 /// How long a leader's word that a node has no part in the votes counts when nobody leads any more.
@@ -59,7 +59,10 @@ impl Quorum {
     pub(super) async fn keep_pulse(self) {
         loop {
             self.beat();
-            self.inner.world.clock.sleep(PULSE).await;
+            tokio::select! {
+                () = self.inner.pulse_wake.notified() => {}
+                () = self.inner.world.clock.beat(PULSE) => {}
+            }
         }
     }
 
@@ -178,6 +181,7 @@ impl Quorum {
             self.yield_to(pong.charter).await;
             // Its order is followed first; then its leases count.
             *lock(&self.inner.pulse) = Known { leader: pong.leader, term: pong.term, ..Known::default() };
+            self.look_whether_to_follow();
             return;
         }
         if self.charter() == Some(pong.charter) {
@@ -221,12 +225,21 @@ impl Quorum {
                 known.asking.clone_from(&pong.asking);
             }
         }
+        self.look_whether_to_follow();
         // What is known here may still be from before this process was taken out and came in again.
         if let (Some(since), Some(age)) = (pong.member_since, pong.lease_age_us.filter(|_| counted))
             && self.serves_since(&self.state()) == Some(since)
         {
             self.inner.fence.came_in(since);
             self.inner.fence.extend((asked + FENCE).saturating_sub(Duration::from_micros(age)));
+        }
+    }
+
+    /// Another leader was voted for: its word on this node's rights is wanted now, not at the next beat.
+    pub(super) fn heed_new_leader(&self, consensus: &Voting) {
+        let Some(leader) = consensus.leader().filter(|leader| *leader != self.inner.node) else { return };
+        if lock(&self.inner.pulse).leader != Some(leader) {
+            self.inner.pulse_wake.notify_one();
         }
     }
 

@@ -71,7 +71,11 @@ impl Quorum {
         }
         let Some(charter) = self.charter().filter(|charter| !self.is_over(*charter)) else { return Vec::new() };
         match self.open_log_of(charter).await {
-            Ok(consensus) => consensus.handle(message.into()).await,
+            Ok(consensus) => {
+                let answer = consensus.handle(message.into()).await;
+                self.heed_new_leader(&consensus);
+                answer
+            }
             Err(error) => {
                 tracing::error!("cannot take part in the votes: {error}");
                 Vec::new()

@@ -13,13 +13,14 @@ use sheep_core::member::NodeId;
 use super::messages::{Found, Ping};
 use super::voting::{Reign, Voting};
 use super::{EVICT, FENCE, Quorum, lock};
+use crate::world::marks::{self, Mark};
 
 /// How often the leader looks.
-const TICK: Duration = Duration::from_millis(100);
+const TICK: Duration = Duration::from_millis(128);
 /// How often the others look whether they lead; whoever begins to is woken by the first entry of its term.
-const IDLE_TICK: Duration = Duration::from_millis(500);
+const IDLE_TICK: Duration = Duration::from_millis(640);
 /// A process that was heard within this is taken to be there; a restart under the same identity is looked into before.
-const RECENT: Duration = Duration::from_millis(600);
+const RECENT: Duration = Duration::from_millis(800);
 /// After an orderly stop of everybody, the last epoch goes on unchanged if all are back within this; else those who are back
 /// go on in a new one.
 const WAIT_FOR_ALL: Duration = Duration::from_secs(10);
@@ -111,6 +112,8 @@ impl Stewardship {
     /// A node is let in: it was there to ask for it.
     pub fn let_in(&mut self, node: NodeId, boot: u64, now: Duration) {
         self.condemned.remove(&node);
+        // It is no member any more, and what this leader orders comes after its eviction.
+        self.evicting.remove(&node);
         // Should the proof have been wrong, it must not be held against it again.
         self.dead.retain(|(dead, _)| *dead != node);
         self.heard.insert(node, Heard { boot, at: now, unreachable: Vec::new(), applied: 0 });
@@ -255,7 +258,7 @@ impl Quorum {
             let pause = if self.leading().is_some() { TICK } else { IDLE_TICK };
             tokio::select! {
                 () = self.inner.steward_wake.notified() => {}
-                () = self.inner.world.clock.sleep(pause) => {}
+                () = self.inner.world.clock.beat(pause) => {}
             }
             let Some(consensus) = self.leading() else { continue };
             {
@@ -294,6 +297,7 @@ impl Quorum {
         let gone = lock(&self.inner.stewardship).gone(&state, own, now);
         if !gone.is_empty() {
             let names: Vec<String> = gone.iter().map(NodeId::to_string).collect();
+            marks::hit(Mark::MemberEvicted);
             tracing::warn!("evicting {}", names.join(", "));
             lock(&self.inner.stewardship).evicting = gone.iter().copied().collect();
             let evicted = self.steward(Command::Evict { nodes: gone.clone(), time: self.label() }).await;
@@ -430,6 +434,7 @@ mod tests {
     use std::collections::BTreeMap;
 
     use sheep_core::cluster_state::EpochMember;
+    use sheep_core::level::Level;
     use sheep_core::member::Member;
     use sheep_core::stamp::Epoch;
 
@@ -453,6 +458,7 @@ mod tests {
                     boot: id + 10,
                     zone: id as u32,
                     weight: 1,
+                    level: Level::OURS,
                 };
                 (NodeId(id), EpochMember { member, since: Epoch(1) })
             })
@@ -569,6 +575,9 @@ mod tests {
         hear(&mut stewardship, 200, 2);
         stewardship.evicting.insert(NodeId(2));
         assert!(!stewardship.heard(reign(1), at(300), &ping(2, 12, &[]), true));
+        // It turned out that the eviction was ordered, although the leader had given it up.
+        stewardship.let_in(NodeId(2), 13, at(400));
+        assert!(stewardship.heard(reign(1), at(500), &ping(2, 13, &[]), true));
     }
 
     #[test]

@@ -10,6 +10,7 @@ use sheep_core::member::{Member, NodeId};
 
 use super::voting::Voting;
 use super::{Quorum, lock};
+use crate::world::marks::{self, Mark};
 
 /// How long a new voter may take to catch up before the change is tried again.
 const PATIENCE: Duration = Duration::from_secs(5);
@@ -77,6 +78,7 @@ impl Quorum {
             return;
         }
         let names = |nodes: &BTreeSet<NodeId>| nodes.iter().map(NodeId::to_string).collect::<Vec<_>>().join(", ");
+        marks::hit(Mark::VotersChanged);
         tracing::info!("voters change from [{}] to [{}]", names(&voters), names(&wanted));
         if let Err(error) = consensus.change_voters(wanted, PATIENCE).await {
             tracing::warn!("cannot change the voters yet: {error}");
@@ -87,6 +89,7 @@ impl Quorum {
 #[cfg(test)]
 mod tests {
     use sheep_core::cluster_state::EpochMember;
+    use sheep_core::level::Level;
     use sheep_core::stamp::Epoch;
 
     use super::*;
@@ -103,6 +106,7 @@ mod tests {
                 boot: 1,
                 zone: *zone,
                 weight: 1,
+                level: Level::OURS,
             };
             state.members.insert(id, EpochMember { member, since: Epoch(0) });
         }

@@ -3,8 +3,9 @@
 //! Write path 3 of 6; next: data/peer.rs (and for the copy on this node store/submit.rs).
 //!
 //! Everything here runs under the lease's lock and never waits: messages are queued, answers come back as calls of
-//! [`answered`]. After an epoch change or a broken link everything unanswered is sent again before anything new
-//! (invariant 1 of `lease`); holders that have a write already say so, because its stamp is not above the object's.
+//! `answered`. After an epoch change or a broken link everything unanswered is sent again before anything new
+//! (invariant 1 of `lease`); over another link under the same stamp, so that a holder which has it says so, and for another
+//! epoch under a new one, so that all who hold the object then write it once more.
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -15,20 +16,26 @@ use qemu_proto::oid::Oid;
 use sheep_core::member::NodeId;
 use sheep_core::peer_message::{PeerKind, PeerRequest, Verdict};
 use sheep_core::placement::Holders;
-use sheep_core::stamp::Epoch;
+use sheep_core::stamp::{Epoch, Stamp};
 
 use super::WriteError;
-use super::lease::{Lease, LeaseState};
-use crate::data::Data;
+use super::lease::{Ended, Lease, LeaseState};
 use crate::data::links::Link;
 use crate::data::view::View;
+use crate::data::{Data, flush};
+use crate::world::marks::{self, Mark};
+use crate::world::planted::{self, Bug};
 
-/// After the last write of a burst, how long until the holders hear that everything is settled. Each later write tells
-/// them anyway; this only bounds how long another gateway's reader may wait.
+/// After the last write of a burst, how long until the holders hear that everything is settled: this bounds how long another
+/// gateway's reader may wait. Each write tells its own holders what was settled before it.
 const MARK_DELAY: Duration = Duration::from_millis(2);
+/// In a burst that goes on, the others hear of it after so many delays: a message to every member for each of them would be
+/// a quarter of all messages of a client with one write under way.
+const MARK_DELAYS_MAX: u32 = 5;
 
-/// Sends a write that was just entered, in the current view. Brings the lease up to that view's epoch first.
-pub fn send(data: &Data, lease: &Arc<Lease>, state: &mut LeaseState, sequence: u64) {
+/// Sends the write that was just entered, in the current view. Brings the lease up to that view's epoch first.
+pub fn send(data: &Data, lease: &Arc<Lease>, state: &mut LeaseState) {
+    let sequence = state.sequence;
     let view = data.view();
     if state.epoch != view.epoch() {
         // The new write is among those that are sent again.
@@ -53,6 +60,7 @@ pub fn send(data: &Data, lease: &Arc<Lease>, state: &mut LeaseState, sequence: u
 /// Sends everything under way in a newer epoch: to each holder once, in the order of the sequences.
 pub fn resend_all(data: &Data, lease: &Arc<Lease>, state: &mut LeaseState, view: &View) {
     state.epoch = view.epoch();
+    state.begin_round();
     let sequences: Vec<u64> = state.under_way.keys().copied().collect();
     let mut remote = BTreeSet::new();
     let mut here = Vec::new();
@@ -94,10 +102,15 @@ fn resend_over(data: &Data, lease: &Arc<Lease>, state: &mut LeaseState, link: &A
 /// Notes whose answers a write waits for in the current epoch. `None` if that is nobody's, and the write is over.
 fn address(data: &Data, lease: &Arc<Lease>, state: &mut LeaseState, view: &View, sequence: u64) -> Option<Holders> {
     let write = state.under_way.get_mut(&sequence)?;
+    // The number of copies may be another one than when the write came.
+    write.location = view.locate(write.request.oid).unwrap_or(write.location);
     let holders = view.holders(&write.location);
+    write.over = data.unflushed().last_before(&write.request);
+    write.is_sent = true;
+    write.is_held_back = false;
     write.waiting.clear();
     write.waiting.extend_from_slice(&holders);
-    write.enough = holders.len() >= usize::from(view.state.min_copies(write.location.copies));
+    write.enough = holders.len() >= usize::from(view.state.min_copies(write.location.copies.now()));
     write.taken = 0;
     write.refused.clear();
     if !holders.contains(&data.node()) {
@@ -129,7 +142,7 @@ fn send_to(data: &Data, lease: &Arc<Lease>, state: &mut LeaseState, link: &Arc<L
         Box::new(move |answer| {
             // Without an answer the next link to this node, or the epoch without it, sends it again.
             if let Ok((answer, _)) = answer {
-                answered(&data, &lease, sequence, node, epoch, answer.verdict);
+                answered(&data, &lease, sequence, node, epoch, answer.verdict, answer.version.stamp);
             }
         }),
     );
@@ -141,19 +154,42 @@ fn send_here(data: &Data, lease: &Arc<Lease>, state: &mut LeaseState, sequence: 
     let permit = permit.unwrap_or_else(|| holder.store().admit_now(payload.len() as u64));
     let (pending, wanted) = holder.write(&request, payload, permit);
     data.bring_up_to_date(wanted, request.epoch);
+    if let Some((verdict, before)) = pending.decided() {
+        note_answer(data, lease, state, sequence, data.node(), verdict, before);
+        return;
+    }
     let (data, lease) = (data.clone(), lease.clone());
-    tokio::spawn(async move {
-        let verdict = pending.finish().await;
-        answered(&data, &lease, sequence, data.node(), request.epoch, verdict);
+    pending.then(move |verdict, before| {
+        answered(&data, &lease, sequence, data.node(), request.epoch, verdict, before);
     });
 }
 
-/// A holder answered.
-pub fn answered(data: &Data, lease: &Arc<Lease>, sequence: u64, node: NodeId, epoch: Epoch, verdict: Verdict) {
+/// A holder answered; `before` is the stamp that its copy had, if it wrote.
+fn answered(
+    data: &Data,
+    lease: &Arc<Lease>,
+    sequence: u64,
+    node: NodeId,
+    epoch: Epoch,
+    verdict: Verdict,
+    before: Stamp,
+) {
     let mut state = lease.state();
-    if state.epoch != epoch {
-        return;
+    if state.epoch == epoch {
+        note_answer(data, lease, &mut state, sequence, node, verdict, before);
     }
+}
+
+/// The same, for an answer of the current epoch.
+fn note_answer(
+    data: &Data,
+    lease: &Arc<Lease>,
+    state: &mut LeaseState,
+    sequence: u64,
+    node: NodeId,
+    verdict: Verdict,
+    before: Stamp,
+) {
     let error = match verdict {
         Verdict::Ok | Verdict::Deferred => None,
         // This node will hear of the newer epoch and send again.
@@ -162,12 +198,16 @@ pub fn answered(data: &Data, lease: &Arc<Lease>, sequence: u64, node: NodeId, ep
         Verdict::Missing => Some(WriteError::Missing),
         Verdict::NoSpace => Some(WriteError::NoSpace),
         Verdict::Invalid => Some(WriteError::Invalid),
-        Verdict::NotCurrent | Verdict::Corrupt | Verdict::Failed | Verdict::Stranger | Verdict::Busy => {
-            Some(WriteError::Failed)
-        }
+        Verdict::NotCurrent
+        | Verdict::Corrupt
+        | Verdict::Failed
+        | Verdict::Stranger
+        | Verdict::Busy
+        | Verdict::Outdated => Some(WriteError::Failed),
     };
     if error == Some(WriteError::Fenced) {
-        lose(data, lease, &mut state);
+        marks::hit(Mark::WriteFenced);
+        lose(data, lease, state);
         return;
     }
     let Some(write) = state.under_way.get_mut(&sequence).filter(|write| write.waiting.contains(&node)) else {
@@ -175,33 +215,57 @@ pub fn answered(data: &Data, lease: &Arc<Lease>, sequence: u64, node: NodeId, ep
         return;
     };
     write.waiting.retain(|waiting| *waiting != node);
+    if verdict == Verdict::Ok && before != Stamp::default() && before < write.over && write.is_plain() {
+        data.unflushed().lost(write.request.oid);
+    }
     match error {
         None if verdict == Verdict::Deferred => {}
         None => write.taken += 1,
         Some(error) => write.refused.push((node, error)),
     }
-    if !write.waiting.is_empty() {
+    let is_over = write.waiting.is_empty() || (planted::is(Bug::EarlyAcknowledge) && write.taken > 0);
+    if is_over {
+        conclude(data, lease, state, sequence);
+    }
+}
+
+/// Everybody answered.
+fn conclude(data: &Data, lease: &Arc<Lease>, state: &mut LeaseState, sequence: u64) {
+    let epoch = state.epoch;
+    let is_held_back = state.is_behind_whole(sequence);
+    let Some(write) = state.under_way.get_mut(&sequence) else { return };
+    write.is_held_back = is_held_back;
+    if is_held_back {
         return;
     }
     match (write.taken, write.refused.first().copied()) {
         // Nobody defers without a steady holder, and those have taken it or refused it.
-        (0, None) => finish(data, lease, &mut state, sequence, Err(WriteError::Failed)),
+        (0, None) => finish(data, lease, state, sequence, Err(WriteError::Failed)),
         // Too few copies: the write waits for an epoch with more holders, and is sent again then.
-        (_, None) if !write.enough => {}
-        (_, None) => finish(data, lease, &mut state, sequence, Ok(())),
-        (0, Some((_, error))) => finish(data, lease, &mut state, sequence, Err(error)),
+        (_, None) if !write.enough => marks::hit(Mark::WriteWaitsForCopies),
+        (_, None) => finish(data, lease, state, sequence, Ok(())),
+        (0, Some((_, error))) => finish(data, lease, state, sequence, Err(error)),
         // Some have it and some do not: those that do not get the others' copy before the write is over, and until then
         // nobody reads it or calls it settled.
-        (_, Some((_, error))) => {
+        (_, Some(_)) => {
+            marks::hit(Mark::WriteRefusedBySome);
             let (oid, refused) = (write.request.oid, std::mem::take(&mut write.refused));
             let (data, lease) = (data.clone(), lease.clone());
             tokio::spawn(async move {
-                for (node, _) in refused {
-                    data.repair_on(node, oid, epoch).await;
+                let mut result = Ok(());
+                for (node, error) in refused {
+                    let is_made_good = data.repair_on(node, oid, epoch).await;
+                    result = result.and(match error {
+                        // It has the object now as the others have it, with this write. `Missing` would be taken for an object
+                        // that is nowhere, and may be made anew.
+                        WriteError::Missing if is_made_good => Ok(()),
+                        WriteError::Missing => Err(WriteError::Failed),
+                        error => Err(error),
+                    });
                 }
                 let mut state = lease.state();
                 if state.epoch == epoch {
-                    finish(&data, &lease, &mut state, sequence, Err(error));
+                    finish(&data, &lease, &mut state, sequence, result);
                 }
             });
         }
@@ -211,6 +275,10 @@ pub fn answered(data: &Data, lease: &Arc<Lease>, sequence: u64, node: NodeId, ep
 /// The lease is somebody else's, or nobody's: every write under way starts over under the next one. Holders that took it
 /// already get it once more, with a newer stamp.
 pub fn lose(data: &Data, lease: &Arc<Lease>, state: &mut LeaseState) {
+    if !state.lost {
+        // What is done stays done: whoever reads it must not wait for a mark that was about to be sent.
+        tell_settled(data, lease, state.settled());
+    }
     state.closed = true;
     state.lost = true;
     data.leases().forget(lease);
@@ -221,23 +289,42 @@ pub fn lose(data: &Data, lease: &Arc<Lease>, state: &mut LeaseState) {
 }
 
 fn finish(data: &Data, lease: &Arc<Lease>, state: &mut LeaseState, sequence: u64, result: Result<(), WriteError>) {
-    let mark_was_due = state.mark_due;
-    if let Some(write) = state.remove(sequence)
-        && let Some(done) = write.done
-    {
-        // The client may have hung up.
-        let _ = done.send(result);
+    if let Some(mut write) = state.remove(sequence) {
+        if result.is_ok() && data.unflushed().acknowledged(&write.request, write.taken) {
+            tokio::spawn(flush::flush_by_itself(data.clone()));
+        }
+        if let Some(done) = write.done.take() {
+            let mut stamps = Vec::new();
+            if result == Err(WriteError::Fenced) {
+                stamps.append(&mut write.earlier);
+                stamps.push(write.request.stamp);
+            }
+            // The client may have hung up.
+            let _ = done.send(Ended { result, stamps });
+        }
+        if !write.is_plain() && !state.lost {
+            let held_back = |other: &u64| state.under_way.get(other).is_some_and(|other| other.is_held_back);
+            let later = state.by_object.get(&write.request.oid).into_iter().flatten().copied();
+            for later in later.filter(held_back).collect::<Vec<_>>() {
+                conclude(data, lease, state, later);
+            }
+        }
     }
     lease.ended.notify_waiters();
-    if state.under_way.is_empty() && !mark_was_due {
-        let (data, lease) = (data.clone(), lease.clone());
-        tokio::spawn(async move {
-            data.world().clock.sleep(MARK_DELAY).await;
-            send_mark(&data, &lease);
-        });
-    } else if !state.under_way.is_empty() {
-        state.mark_due = false;
+    if !std::mem::replace(&mut state.mark_due, true) {
+        tokio::spawn(mark_later(data.clone(), lease.clone()));
     }
+}
+
+/// Tells the holders what is settled once the burst is over, or has gone on for long.
+async fn mark_later(data: Data, lease: Arc<Lease>) {
+    for _ in 0..MARK_DELAYS_MAX {
+        data.world().clock.sleep(MARK_DELAY).await;
+        if lease.state().under_way.is_empty() {
+            break;
+        }
+    }
+    send_mark(&data, &lease);
 }
 
 /// Tells all holders what is settled.
@@ -250,6 +337,10 @@ pub fn send_mark(data: &Data, lease: &Arc<Lease>) {
         }
         state.settled()
     };
+    tell_settled(data, lease, settled);
+}
+
+fn tell_settled(data: &Data, lease: &Lease, settled: u64) {
     let view = data.view();
     if let Some(holder) = data.holder() {
         holder.settle(lease.vdi, lease.generation, settled);

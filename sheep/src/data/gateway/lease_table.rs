@@ -18,6 +18,8 @@ use super::WriteError;
 use super::fanout;
 use super::lease::{Hold, Lease};
 use crate::data::Data;
+use crate::world::marks::{self, Mark};
+use crate::world::planted::{self, Bug};
 
 /// How long a request to yield may wait for a connection.
 const PATIENCE: Duration = Duration::from_secs(2);
@@ -93,13 +95,13 @@ pub async fn acquire(data: &Data, vdi: VdiId) -> Result<Arc<Lease>, WriteError> 
         if let Some(holder) = holder_elsewhere(data, vdi) {
             ask_for(data, vdi, holder).await;
             if let Some(generation) = passed_on_to_here(data, vdi) {
-                return Ok(begin(data, vdi, generation, &mut current).await);
+                return Ok(begin(data, vdi, generation, true, &mut current).await);
             }
             continue;
         }
         let command = Command::AcquireLease { vdi, node: data.node() };
         match data.cluster().propose(command).await {
-            Ok(Outcome::Lease(generation)) => return Ok(begin(data, vdi, generation, &mut current).await),
+            Ok(Outcome::Lease(generation)) => return Ok(begin(data, vdi, generation, false, &mut current).await),
             // Somebody was faster: the state says who.
             Ok(Outcome::Refused(Refusal::LeaseHeldBy(_))) => {}
             // A node that was taken out waits until it is in again: its clients must not notice.
@@ -154,10 +156,16 @@ async fn ask_for(data: &Data, vdi: VdiId, holder: NodeId) {
 }
 
 /// The lease is this gateway's from here on.
-async fn begin(data: &Data, vdi: VdiId, generation: u32, current: &mut Option<Arc<Lease>>) -> Arc<Lease> {
+async fn begin(
+    data: &Data,
+    vdi: VdiId,
+    generation: u32,
+    is_passed_on: bool,
+    current: &mut Option<Arc<Lease>>,
+) -> Arc<Lease> {
     // Whoever decides under the lease must see what was ordered before it: the VDI may be a snapshot by now.
     data.await_applied(data.cluster().state().applied).await;
-    let lease = Lease::new(vdi, generation, data.world().clock.monotonic());
+    let lease = Lease::new(vdi, generation, data.world().clock.monotonic(), is_passed_on);
     *current = Some(lease.clone());
     data.leases().set_held(vdi, Some(lease.clone()));
     lease
@@ -184,7 +192,10 @@ pub async fn hand_over(data: &Data, vdi: VdiId, to: NodeId) -> bool {
     let command = Command::HandOverLease { vdi, node: data.node(), generation: granted.generation, to };
     match data.cluster().propose(command).await {
         Ok(Outcome::Refused(_)) => false,
-        Ok(_) => true,
+        Ok(_) => {
+            marks::hit(Mark::LeaseHandedOver);
+            true
+        }
         Err(error) => {
             tracing::warn!("cannot pass on the writer lease of VDI {vdi}: {error}");
             false
@@ -235,7 +246,9 @@ where
         if current.as_ref().is_none_or(|held| held.generation != lease.generation) {
             continue;
         }
-        lease.drain().await;
+        if !planted::is(Bug::UndrainedSnapshot) {
+            lease.drain().await;
+        }
         if lease.state().lost {
             continue;
         }

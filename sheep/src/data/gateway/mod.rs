@@ -19,14 +19,17 @@ pub enum WriteError {
     /// Beyond the object's end, or a request that makes no sense.
     #[error("the request does not fit the object")]
     Invalid,
+    /// Beyond the end of the volume, which was made smaller.
+    #[error("the write is beyond the end of the volume")]
+    BeyondEnd,
     /// The VDI is a snapshot.
     #[error("the VDI is a snapshot")]
     ReadOnly,
     /// A holder's disk is full.
     #[error("a node that must keep a copy has no space left")]
     NoSpace,
-    /// Nobody can keep a copy.
-    #[error("no node stores data now")]
+    /// Nobody can keep a copy, or too few where the cluster was formatted to be strict about it.
+    #[error("too few nodes store data now")]
     NoHolders,
     /// A holder's disk failed in a way it could not work around.
     #[error("a node that must keep a copy failed to write it")]

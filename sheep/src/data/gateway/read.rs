@@ -3,18 +3,23 @@
 //! A read that overlaps a write under way on this gateway waits for it, so that no reader sees bytes that a crash could
 //! still take back; a read through a gateway that is not the writer's is marked foreign and waits at the holder. The fence
 //! is looked at after the bytes were read: then nobody can have gone on without this node before they were.
+//!
+//! This node may be some moments behind the order: a snapshot that was taken through another node, and written behind, is not
+//! known here yet, or a deleted one whose map is gone already. So every read of a map says what is known here of its VDI. A
+//! holder that knows more refuses; and it does know, because holders take no write under a lease that they do not know of.
 
 use std::time::Duration;
 
 use bytes::Bytes;
-use qemu_proto::oid::Oid;
+use qemu_proto::oid::{ObjectKind, Oid};
 use sheep_core::member::NodeId;
-use sheep_core::peer_message::{FLAG_WAIT, PeerKind, PeerRequest, Verdict};
+use sheep_core::peer_message::{FLAG_LIVE, FLAG_WAIT, FLAG_WORKING, PeerKind, PeerRequest, Verdict};
 
 use super::ReadFailure;
 use crate::data::Data;
 use crate::data::peer::decode_extents;
 use crate::data::view::View;
+use crate::world::marks::{self, Mark};
 
 /// How long one holder may take to be connected before the next is tried.
 const PATIENCE: Duration = Duration::from_millis(200);
@@ -30,7 +35,20 @@ fn request_for(data: &Data, view: &View, oid: Oid, offset: u64, length: usize) -
     request.oid = oid;
     request.offset = offset;
     request.length = length as u32;
+    request.flags = belief(view, oid);
     request
+}
+
+/// What a reader of a map must tell the holder that it takes the VDI for: see the module.
+fn belief(view: &View, oid: Oid) -> u8 {
+    if oid.kind() != Some(ObjectKind::Inode) {
+        return 0;
+    }
+    match view.state.live_vdi(oid.vid()) {
+        Some(vdi) if vdi.is_snapshot() => FLAG_LIVE,
+        Some(_) => FLAG_LIVE | FLAG_WORKING,
+        None => 0,
+    }
 }
 
 /// The bytes, if this node has a current copy in memory and nothing has to be waited for.
@@ -88,16 +106,39 @@ pub async fn read(data: &Data, oid: Oid, offset: u64, length: usize) -> Result<B
             Round::Missing if data.cluster().fence().pass().await => continue,
             Round::Missing => return Err(ReadFailure::Missing),
             Round::Invalid => return Err(ReadFailure::Invalid),
+            Round::Outdated => {
+                marks::hit(Mark::ReaderBehind);
+                if let Ok(state) = data.cluster().barrier().await {
+                    data.await_applied(state.applied).await;
+                    continue;
+                }
+            }
             Round::Again => {}
             Round::Failed => {
                 failures += 1;
                 if failures == ROUNDS_MAX {
                     return Err(ReadFailure::Failed);
                 }
+                if failures == 1 && data.first_mend(oid, view.epoch()) {
+                    mend(data, &view, oid, &view.holders(&location)).await;
+                }
             }
             Round::Nobody => return Err(ReadFailure::NoHolders),
         }
         data.wait_for_change(&view, RETRY_INTERVAL).await;
+    }
+}
+
+/// Has the copies put together again what none of them has whole.
+async fn mend(data: &Data, view: &View, oid: Oid, holders: &[NodeId]) {
+    let repairs = async {
+        for node in holders {
+            data.repair_on(*node, oid, view.epoch()).await;
+        }
+    };
+    tokio::select! {
+        () = repairs => {}
+        () = data.world().clock.sleep(ANSWER_PATIENCE) => {}
     }
 }
 
@@ -144,6 +185,8 @@ enum Round {
     Answer(Bytes),
     Missing,
     Invalid,
+    /// This node is behind the order.
+    Outdated,
     /// Nobody could answer yet.
     Again,
     /// Everybody who answered has a damaged copy or a failing device.
@@ -169,12 +212,14 @@ async fn one_round(data: &Data, view: &View, request: &mut PeerRequest, order: &
                 break;
             }
             Err(Some(Verdict::Invalid)) => return Round::Invalid,
+            Err(Some(Verdict::Outdated)) => return Round::Outdated,
             Err(Some(Verdict::Corrupt | Verdict::Failed)) => damaged.push(*node),
             Err(_) => undecided += 1,
         }
     }
     if matches!(result, Round::Answer(_)) {
         for node in &damaged {
+            marks::hit(Mark::DamagedCopyPassedOver);
             data.ask_repair(*node, request.oid, view.epoch());
         }
     } else if matches!(result, Round::Again) && undecided == 0 && damaged.len() == order.len() {

@@ -8,16 +8,21 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use qemu_proto::oid::{ObjectKind, Oid};
+use sheep_core::cluster_state::ClusterState;
 use sheep_core::peer_message::Verdict;
-use sheep_core::peer_message::{FLAG_COPY, FLAG_CREATE, FLAG_DURABLE, PAYLOAD_BYTES_MAX, PeerKind, PeerRequest};
+use sheep_core::peer_message::{
+    FLAG_COPY, FLAG_CREATE, FLAG_DRAINED, FLAG_DURABLE, PAYLOAD_BYTES_MAX, PeerKind, PeerRequest,
+};
 use sheep_core::stamp::Stamp;
 use sheep_core::write_fate::Fate;
 use tokio::sync::oneshot;
 
-use super::lease::{Lease, WriteUnderWay};
+use super::lease::{Ended, Lease, WriteUnderWay};
 use super::{WriteError, fanout, lease_table};
 use crate::data::Data;
 use crate::data::view::Location;
+use crate::world::marks::{self, Mark};
+use crate::world::planted::{self, Bug};
 
 /// Bytes per message to a holder: fits the smallest journal several times over, and lets other writes in between.
 const PIECE_BYTES_MAX: usize = 2 << 20;
@@ -62,8 +67,8 @@ pub enum Base {
 struct Piece {
     range: Range<usize>,
     base: Base,
-    /// Under which it was sent; nothing is known of what it did until it is `done`.
-    stamp: Option<Stamp>,
+    /// Under which it was sent, ascending; nothing is known of what it did until it is `done`.
+    stamps: Vec<Stamp>,
     done: bool,
 }
 
@@ -74,7 +79,7 @@ fn pieces(write: &ObjectWrite) -> Vec<Piece> {
     loop {
         let end = (start + PIECE_BYTES_MAX).min(write.data.len());
         let base = if start == 0 { write.base } else { Base::Existing };
-        pieces.push(Piece { range: start..end, base, stamp: None, done: false });
+        pieces.push(Piece { range: start..end, base, stamps: Vec::new(), done: false });
         start = end;
         if start == write.data.len() {
             return pieces;
@@ -112,40 +117,60 @@ async fn attempt(
     pieces: &mut [Piece],
     generation: Option<u32>,
 ) -> Result<(), WriteError> {
+    if !is_inside(&data.view().state, write) {
+        // The volume may have grown through another gateway a moment ago.
+        catch_up(data).await?;
+    }
     let location = admit(data, write)?;
     let lease = lease_table::acquire(data, write.oid.vid()).await?;
     if generation.is_some_and(|generation| generation != lease.generation) {
         return Err(WriteError::Fenced);
     }
     for piece in pieces.iter_mut().filter(|piece| !piece.done) {
-        if let Some(stamp) = piece.stamp.take_if(|stamp| stamp.generation != lease.generation) {
-            piece.done = was_applied(data, write.oid, stamp, &lease).await?;
-        }
+        piece.done = was_applied(data, write.oid, &piece.stamps, &lease).await?;
     }
     // All are under way together, in this order.
     let mut under_way = Vec::new();
-    for (index, piece) in pieces.iter_mut().enumerate().filter(|(_, piece)| !piece.done) {
-        let (stamp, done) = enter(data, &lease, write, location, piece.range.clone(), piece.base).await?;
-        piece.stamp = Some(stamp);
-        under_way.push((index, done));
-    }
     let mut result = Ok(());
-    for (index, done) in under_way {
+    for (index, piece) in pieces.iter_mut().enumerate().filter(|(_, piece)| !piece.done) {
+        match enter(data, &lease, write, location, piece.range.clone(), piece.base).await {
+            Ok(ended) => under_way.push((index, ended)),
+            Err(error) => {
+                result = Err(error);
+                break;
+            }
+        }
+    }
+    for (index, ended) in under_way {
         // Every piece is waited for: a client that hears of a failure must not meet the rest of it later.
-        let ended = done.await.unwrap_or(Err(WriteError::Failed));
-        pieces[index].done = ended.is_ok();
-        result = result.and(ended);
+        let ended = ended.await.unwrap_or(Ended { result: Err(WriteError::Failed), stamps: Vec::new() });
+        pieces[index].stamps.extend(ended.stamps);
+        pieces[index].done = ended.result.is_ok();
+        result = result.and(ended.result);
     }
     result
 }
 
 /// Whether a write that was under way when its lease was lost is part of what others have read and written over since: then
 /// writing it again would bring an older value back.
-async fn was_applied(data: &Data, oid: Oid, stamp: Stamp, lease: &Lease) -> Result<bool, WriteError> {
+async fn was_applied(data: &Data, oid: Oid, stamps: &[Stamp], lease: &Lease) -> Result<bool, WriteError> {
+    let Some(last) = stamps.last() else { return Ok(false) };
     // The first generation after the lost one: nobody else had the lease in between.
-    if lease.generation == stamp.generation + 1 {
+    if lease.generation <= last.generation + 1 {
         return Ok(false);
     }
+    let mut result = Ok(false);
+    for stamp in stamps.iter().rev() {
+        match was_applied_as(data, oid, *stamp).await {
+            Ok(true) => return Ok(true),
+            other => result = result.and(other),
+        }
+    }
+    result
+}
+
+/// The same, for one of the stamps under which it was sent.
+async fn was_applied_as(data: &Data, oid: Oid, stamp: Stamp) -> Result<bool, WriteError> {
     for _ in 0..FATE_ROUNDS {
         let view = data.view();
         if view.locate(oid).is_none() {
@@ -168,9 +193,11 @@ async fn was_applied(data: &Data, oid: Oid, stamp: Stamp, lease: &Lease) -> Resu
             fates.push(fate);
         }
         if fates.contains(&Ok(Fate::Applied)) {
+            marks::hit(Mark::LostWriteWasDone);
             return Ok(true);
         }
         if fates.iter().any(|fate| matches!(fate, Ok(Fate::NotApplied | Fate::Harmless))) {
+            marks::hit(Mark::LostWriteWasNot);
             return Ok(false);
         }
         if fates.iter().all(|fate| *fate == Ok(Fate::Unknown)) {
@@ -216,13 +243,43 @@ fn admit(data: &Data, write: &ObjectWrite) -> Result<Location, WriteError> {
     if deleted && write.oid.kind() != Some(ObjectKind::Attribute) {
         return Err(WriteError::Missing);
     }
+    if view.state.is_strict() && view.holders(&location).len() < usize::from(location.copies.now()) {
+        return Err(WriteError::NoHolders);
+    }
     if data.is_full(&view.holders(&location)) {
         return Err(WriteError::NoSpace);
     }
     Ok(location)
 }
 
-fn is_read_only(state: &sheep_core::cluster_state::ClusterState, oid: Oid) -> bool {
+/// Whether a write stays within its volume. Objects are whole, so that one that is copied whole may end beyond.
+fn is_inside(state: &ClusterState, write: &ObjectWrite) -> bool {
+    let oid = write.oid;
+    let Some(vdi) = state.vdis.get(&oid.vid().get()) else { return true };
+    if oid.kind() != Some(ObjectKind::Data) || write.base == Base::Removal {
+        return true;
+    }
+    let start = u64::from(oid.index()) * vdi.object_bytes();
+    let length = write.data.len() as u64;
+    let is_whole = write.offset == 0 && length == vdi.object_bytes();
+    let end = start.saturating_add(write.offset).saturating_add(length);
+    start < vdi.size_bytes && (is_whole || end <= vdi.size_bytes)
+}
+
+/// Comes to everything that was ordered before.
+async fn catch_up(data: &Data) -> Result<(), WriteError> {
+    let state = data.cluster().barrier().await.map_err(|error| {
+        tracing::debug!("cannot learn what was ordered: {error}");
+        WriteError::Order
+    })?;
+    data.await_applied(state.applied).await;
+    Ok(())
+}
+
+fn is_read_only(state: &ClusterState, oid: Oid) -> bool {
+    if planted::is(Bug::SharedWrites) {
+        return false;
+    }
     state.vdis.get(&oid.vid().get()).is_some_and(|vdi| vdi.is_snapshot())
 }
 
@@ -234,7 +291,7 @@ async fn enter(
     location: Location,
     piece: Range<usize>,
     base: Base,
-) -> Result<(Stamp, oneshot::Receiver<Result<(), WriteError>>), WriteError> {
+) -> Result<oneshot::Receiver<Ended>, WriteError> {
     let keeps_a_copy = data.view().holders(&location).contains(&data.node());
     let permit = match data.holder().filter(|_| keeps_a_copy) {
         Some(holder) => Some(holder.store().admit(piece.len() as u64).await),
@@ -250,14 +307,17 @@ async fn enter(
     if write.oid.kind() == Some(ObjectKind::Data) && is_read_only(&data.view().state, write.oid) && !removal {
         return Err(WriteError::ReadOnly);
     }
+    // So does what makes a volume smaller (`shrink`).
+    if !is_inside(&data.view().state, write) {
+        return Err(WriteError::BeyondEnd);
+    }
     state.sequence += 1;
-    let sequence = state.sequence;
     let kind = if removal { PeerKind::Remove } else { PeerKind::Write };
     let mut request = PeerRequest::new(kind, state.epoch, data.node());
     request.oid = write.oid;
     request.offset = write.offset + piece.start as u64;
     request.object_bytes = location.object_bytes;
-    request.stamp = Stamp { generation: lease.generation, sequence };
+    request.stamp = Stamp { generation: lease.generation, sequence: state.sequence };
     request.flags = match base {
         Base::Existing | Base::Removal => 0,
         Base::Zeros => FLAG_CREATE,
@@ -269,20 +329,24 @@ async fn enter(
     if write.durable {
         request.flags |= FLAG_DURABLE;
     }
-    let stamp = request.stamp;
-    let entered = WriteUnderWay {
+    if lease.is_passed_on {
+        request.flags |= FLAG_DRAINED;
+    }
+    state.insert(WriteUnderWay {
         request,
         data: write.data.slice(piece),
+        earlier: Vec::new(),
+        is_sent: false,
+        is_held_back: false,
         location,
         permit,
         waiting: Vec::new(),
         enough: true,
+        over: Stamp::default(),
         taken: 0,
         refused: Vec::new(),
         done: Some(done),
-    };
-    state.under_way.insert(sequence, entered);
-    state.by_object.entry(write.oid).or_default().push(sequence);
-    fanout::send(data, lease, &mut state, sequence);
-    Ok((stamp, receiver))
+    });
+    fanout::send(data, lease, &mut state);
+    Ok(receiver)
 }

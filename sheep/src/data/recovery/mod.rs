@@ -9,6 +9,9 @@
 //! change of members ends the run and begins the next.
 
 pub mod fetch;
+pub mod pace;
+pub mod piece;
+pub mod salvage;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -21,14 +24,16 @@ use sheep_core::command::Command;
 use sheep_core::history::{Answer, Decision};
 use sheep_core::member::NodeId;
 use sheep_core::peer_message::{ListEntry, PeerKind, PeerRequest, Verdict};
-use sheep_core::stamp::{Epoch, Stamp};
+use sheep_core::stamp::{Epoch, Stamp, Version};
 use tokio::sync::{Mutex, Semaphore};
 use tokio::task::JoinSet;
 
 use super::Data;
 use super::holder::Holder;
 use super::view::{Location, View};
-use fetch::Source;
+use crate::world::marks::{self, Mark};
+use crate::world::planted::{self, Bug};
+use piece::{Outcome, Source};
 
 /// Objects fetched side by side: enough to fill a link while one object is being installed.
 const PARALLEL: usize = 4;
@@ -47,6 +52,8 @@ pub struct Progress {
     pub listed: AtomicBool,
     /// How many objects are brought here side by side while nobody waits for them.
     pub slots: Semaphore,
+    /// What holds it back.
+    pub pace: pace::Pace,
     /// Objects compared.
     pub done: AtomicU64,
     /// Objects to compare.
@@ -63,6 +70,7 @@ impl Default for Progress {
             running: AtomicBool::default(),
             listed: AtomicBool::default(),
             slots: Semaphore::new(PARALLEL),
+            pace: pace::Pace::default(),
             done: AtomicU64::default(),
             total: AtomicU64::default(),
             fetched: AtomicU64::default(),
@@ -109,6 +117,7 @@ pub async fn run(data: Data, epoch: Epoch) {
         progress.running.store(false, Ordering::Relaxed);
         return;
     }
+    keep_what_strays_know(&data, &holder, &view).await;
     if let Err(error) = holder.store().set_clean_through(epoch).await {
         tracing::error!("cannot note that recovery of epoch {epoch} is complete: {error}");
         return;
@@ -126,6 +135,24 @@ pub async fn run(data: Data, epoch: Epoch) {
     }
 }
 
+/// Writes into the versions of copies that lie on other nodes now how far they are good. Until here this followed from the last
+/// clean epoch, in which this node held them; of the next one it holds others. The new holders may not have fetched them yet.
+async fn keep_what_strays_know(data: &Data, holder: &Holder, view: &View) {
+    let mut after = None;
+    loop {
+        let entries = holder.store().entries(after, LIST_BATCH);
+        let Some((last, _)) = entries.last() else { return };
+        after = Some(*last);
+        for (oid, _) in entries.iter().filter(|(oid, _)| !holds(view, data.node(), *oid)) {
+            let (Some(location), Some(own)) = (view.locate(*oid), own_answer(data, holder, *oid)) else { continue };
+            if let Some(as_of) = view.history.current_as_of(&own, location.key, location.copies) {
+                holder.keep_as_of(*oid, as_of, view.epoch());
+            }
+        }
+        tokio::task::yield_now().await;
+    }
+}
+
 async fn attempt(data: &Data, holder: &Arc<Holder>, epoch: Epoch) -> Result<(), RecoveryEnd> {
     let view = holder.view();
     if view.epoch() != epoch {
@@ -133,6 +160,9 @@ async fn attempt(data: &Data, holder: &Arc<Holder>, epoch: Epoch) -> Result<(), 
     }
     if holder.must_hear_suspects() {
         let told = gather_suspects(data, holder, &view).await?;
+        if !told.is_empty() {
+            marks::hit(Mark::HalfWrittenTold);
+        }
         holder.heard_suspects(epoch, told);
     }
     // Those first that a guest's last writes were to.
@@ -237,6 +267,12 @@ async fn survey(data: &Data, holder: &Arc<Holder>, view: &Arc<View>) -> Result<B
     }
     let mut work = BTreeSet::new();
     for (oid, answers) in known {
+        let turn = data.turns().turn(oid);
+        let Ok(_guard) = turn.try_lock() else {
+            // Somebody compares it already, and might put what is newer by then out of a copy that was called current.
+            work.insert(oid);
+            continue;
+        };
         if holder.is_current(oid) {
             continue;
         }
@@ -285,6 +321,7 @@ async fn list_from(
     known: &mut BTreeMap<Oid, Vec<Answer>>,
 ) -> Result<Epoch, RecoveryEnd> {
     let mut after = Oid::from_raw(0);
+    let mut clean_through = None;
     loop {
         let mut request = PeerRequest::new(PeerKind::List, epoch, data.node());
         request.oid = after;
@@ -294,6 +331,9 @@ async fn list_from(
         }
         match answer {
             Ok((answer, payload)) if answer.verdict == Verdict::Ok => {
+                // What is not in the list the node did not have when it was asked for that part. It may have got it since, and
+                // have everything by the end of the list: that says nothing of the parts before.
+                let clean_through = *clean_through.get_or_insert(answer.clean_through);
                 let mut count = 0;
                 for entry in ListEntry::decode_all(&payload) {
                     count += 1;
@@ -303,7 +343,7 @@ async fn list_from(
                     known.entry(entry.oid).or_default().push(said);
                 }
                 if count == 0 {
-                    return Ok(answer.clean_through);
+                    return Ok(clean_through);
                 }
             }
             Ok(_) | Err(_) => wait_for_change(data, holder).await,
@@ -337,6 +377,7 @@ pub async fn bring_in_turn(data: &Data, oid: Oid, epoch: Epoch) -> Result<(), Re
 }
 
 async fn try_in_turn(data: &Data, oid: Oid, epoch: Epoch) -> Result<bool, RecoveryEnd> {
+    pace::await_turn(data, epoch).await;
     // The semaphore is never closed. The slot comes before the object's turn, so that whoever has the turn is at work.
     let _slot = data.progress().slots.acquire().await;
     try_current(data, oid, epoch).await
@@ -385,22 +426,31 @@ async fn compare(data: &Data, holder: &Arc<Holder>, oid: Oid, epoch: Epoch) -> R
         // An object of a VDI that this node has not heard of: nothing refers to it.
         return Ok(Compared::Newest);
     };
-    let Some(answers) = ask_everybody(data, holder, &view, oid, &location).await else {
+    let Some(answers) = ask_everybody(data, &view, oid, &location).await else {
         tracing::debug!("object {oid}: not everybody who may have it answered");
         return Ok(Compared::Again);
     };
     if holder.epoch() != epoch {
         return Err(RecoveryEnd::EpochOver);
     }
-    let decision = view.history.decide(location.key, location.copies, &answers);
+    let decision = answers.decide(&view, &location);
     tracing::debug!("object {oid} in epoch {epoch}: {decision:?} from {answers:?}");
     match decision {
+        _ if planted::is(Bug::TrustedCopy) && holder.store().entry(oid).is_some() => Ok(Compared::NewestOfOldEpoch),
+        Decision::Unheard(_) if planted::is(Bug::UnheardHolders) && holder.store().entry(oid).is_some() => {
+            Ok(Compared::NewestOfOldEpoch)
+        }
         Decision::Unheard(unheard) => {
+            marks::hit(Mark::HoldersUnheard);
             *data.progress().blocked.lock().unwrap_or_else(std::sync::PoisonError::into_inner) = Some((oid, unheard));
             Ok(Compared::Again)
         }
         Decision::Absent => {
             if let Some(entry) = holder.store().entry(oid) {
+                marks::hit(Mark::RemovedStaysRemoved);
+                if planted::is(Bug::ForgottenRemoval) {
+                    return Ok(Compared::NewestOfOldEpoch);
+                }
                 let ticket = holder.store().remove(oid, entry.version);
                 holder.was_found_absent(oid);
                 holder.trust_again(oid);
@@ -408,10 +458,18 @@ async fn compare(data: &Data, holder: &Arc<Holder>, oid: Oid, epoch: Epoch) -> R
             }
             Ok(Compared::Newest)
         }
+        Decision::Newest { .. }
+            if planted::is(Bug::LowerStamp) && holder.is_doubtful(oid) && holder.store().entry(oid).is_some() =>
+        {
+            Ok(Compared::NewestOfOldEpoch)
+        }
         Decision::Newest { stamp, nodes } => {
             if holder.version(oid).is_ok_and(|version| version.is_some_and(|version| version.stamp == stamp)) {
                 // What a dead writer left on some holders only must be on all before anybody reads it.
-                if holder.is_doubtful(oid) && !all_have_it(&view, &location, &answers, stamp) {
+                // What is about to be removed nobody reads, and a holder that was faster with that will not have it again.
+                let matters = !holder.is_being_removed(oid);
+                if matters && holder.is_doubtful(oid) && !all_have_it(&view, &location, &answers.sound, stamp) {
+                    marks::hit(Mark::HalfWrittenSettles);
                     tracing::debug!("object {oid} was left half-written: not every holder has {stamp} yet");
                     return Ok(Compared::Again);
                 }
@@ -419,15 +477,69 @@ async fn compare(data: &Data, holder: &Arc<Holder>, oid: Oid, epoch: Epoch) -> R
                 let confirmed = nodes.contains(&data.node());
                 return Ok(if confirmed { Compared::Newest } else { Compared::NewestOfOldEpoch });
             }
-            for node in nodes {
-                if fetch::fetch(data, holder, &Source { oid, node, epoch, stamp }).await {
-                    holder.trust_again(oid);
-                    data.progress().fetched.fetch_add(1, Ordering::Relaxed);
-                    // A doubtful one is compared once more, until all holders have the same.
-                    return Ok(if holder.is_doubtful(oid) { Compared::Again } else { Compared::NewestOfOldEpoch });
-                }
+            if holder.store().entry(oid).is_some() {
+                marks::hit(Mark::OldCopyReplaced);
+            }
+            if bring(data, holder, oid, epoch, stamp, &nodes).await {
+                holder.trust_again(oid);
+                data.progress().fetched.fetch_add(1, Ordering::Relaxed);
+                // A doubtful one is compared once more, until all holders have the same.
+                return Ok(if holder.is_doubtful(oid) { Compared::Again } else { Compared::NewestOfOldEpoch });
             }
             Ok(Compared::Again)
+        }
+    }
+}
+
+/// Brings the newest content here from one of the nodes that have it; if it is damaged on all of them, what is left of it.
+async fn bring(data: &Data, holder: &Arc<Holder>, oid: Oid, epoch: Epoch, stamp: Stamp, nodes: &[NodeId]) -> bool {
+    let mut damaged = Vec::new();
+    for node in nodes.iter().copied() {
+        let source = Source { oid, node, epoch, stamp, twins: None };
+        // If this node were sound it would have nothing to bring.
+        let outcome = if node == data.node() { Outcome::Damaged } else { fetch::fetch(data, holder, &source).await };
+        match outcome {
+            Outcome::Done => return true,
+            Outcome::Damaged => damaged.push(node),
+            Outcome::Changed => {
+                marks::hit(Mark::FetchOvertaken);
+                tracing::debug!("object {oid} was replaced while it was fetched");
+            }
+            Outcome::Failed => {}
+        }
+    }
+    if damaged.len() < nodes.len() {
+        // One of the others may be whole.
+        return false;
+    }
+    for node in damaged {
+        let twins = nodes.iter().copied().filter(|twin| *twin != node).collect();
+        let source = Source { oid, node, epoch, stamp, twins: Some(twins) };
+        if fetch::fetch(data, holder, &source).await == Outcome::Done {
+            return true;
+        }
+    }
+    false
+}
+
+/// What the members say of an object.
+#[derive(Debug)]
+struct Answers {
+    /// Those that can be believed.
+    sound: Vec<Answer>,
+    /// Those of damaged copies: what they should hold.
+    damaged: Vec<Answer>,
+}
+
+impl Answers {
+    /// Damaged copies count only where nothing can be said without them. That there is no object is not said by nobody.
+    fn decide(&self, view: &View, location: &Location) -> Decision {
+        match view.history.decide(location.key, location.copies, &self.sound) {
+            Decision::Unheard(_) | Decision::Absent if !self.damaged.is_empty() => {
+                let all: Vec<Answer> = self.sound.iter().chain(&self.damaged).copied().collect();
+                view.history.decide(location.key, location.copies, &all)
+            }
+            decision => decision,
         }
     }
 }
@@ -443,15 +555,26 @@ fn all_have_it(view: &View, location: &Location, answers: &[Answer], newest: Sta
     answers.iter().filter(kept_up).all(|answer| stamp_of(answer) == Some(newest))
 }
 
+/// Which content of an object is the newest. `None` if it has no place, or not everybody who may know answered.
+pub async fn newest(data: &Data, view: &View, oid: Oid) -> Option<Decision> {
+    let location = view.locate(oid)?;
+    Some(ask_everybody(data, view, oid, &location).await?.decide(view, &location))
+}
+
 /// What every member that may know something says. `None` if one of them did not answer.
-async fn ask_everybody(
-    data: &Data,
-    holder: &Arc<Holder>,
-    view: &Arc<View>,
-    oid: Oid,
-    location: &Location,
-) -> Option<Vec<Answer>> {
-    let mut answers: Vec<Answer> = own_answer(data, holder, oid).into_iter().collect();
+async fn ask_everybody(data: &Data, view: &View, oid: Oid, location: &Location) -> Option<Answers> {
+    let mut answers = Answers { sound: Vec::new(), damaged: Vec::new() };
+    if let Some(holder) = data.holder() {
+        match own_answer(data, holder, oid) {
+            Some(own) => answers.sound.push(own),
+            None => {
+                let version = holder.store().entry(oid).map(|entry| entry.version);
+                let own = Answer { node: data.node(), version, clean_through: holder.store().clean_through() };
+                // A damaged copy that is gone says nothing, not even that there is no object.
+                answers.damaged.extend(version.is_some().then_some(own));
+            }
+        }
+    }
     let mut calls = JoinSet::new();
     for node in view.history.witnesses(location.key, location.copies) {
         if node == data.node() {
@@ -465,14 +588,15 @@ async fn ask_everybody(
     while let Some(ended) = calls.join_next().await {
         let (node, answer) = ended.ok()?;
         let (answer, _) = answer.ok()?;
-        let version = match answer.verdict {
-            Verdict::Ok => Some(answer.version),
-            Verdict::Missing => None,
-            // It knows nothing of the object.
-            Verdict::Corrupt => continue,
+        let said = |version| Answer { node, version, clean_through: answer.clean_through };
+        match answer.verdict {
+            Verdict::Ok => answers.sound.push(said(Some(answer.version))),
+            Verdict::Missing => answers.sound.push(said(None)),
+            // An empty version is that of a copy whose node knows nothing of it.
+            Verdict::Corrupt if answer.version == Version::default() => {}
+            Verdict::Corrupt => answers.damaged.push(said(Some(answer.version))),
             _ => return None,
-        };
-        answers.push(Answer { node, version, clean_through: answer.clean_through });
+        }
     }
     Some(answers)
 }

@@ -1,5 +1,6 @@
 //! Operations on the cluster and its nodes.
 
+use std::os::unix::ffi::OsStringExt;
 use std::sync::atomic::Ordering;
 
 use qemu_proto::cluster_info::{CLUSTER_INFO_BYTES, ClusterInfo, EpochEntry};
@@ -7,7 +8,7 @@ use qemu_proto::node_entry::{NODE_BYTES, NODES_MAX, NodeEntry};
 use qemu_proto::opcode::{ADMIN_VERSION, Opcode};
 use qemu_proto::request::{Request, RequestBody};
 use qemu_proto::response::ResponseBody;
-use qemu_proto::stat::{Counters, DiskEntry, MD_INFO_BYTES, RecoveryStat, Throttle, encode_disks};
+use qemu_proto::stat::{Counters, DiskEntry, MD_INFO_BYTES, RecoveryStat, encode_disks};
 use qemu_proto::status::Status;
 use sheep_core::cluster_state::{EpochMember, Phase};
 use sheep_core::command::{Command, Outcome as Ordered, Refusal};
@@ -40,13 +41,12 @@ pub async fn run(front: &Front, opcode: Opcode, request: &Request, payload: &[u8
         }
         Opcode::ForceRecover => force_recover(front, request).await,
         Opcode::GetStoreList => Ok(Reply::data(front.store_name.to_string() + " ")),
-        Opcode::StatSheep => Ok(stat_sheep(front)),
+        Opcode::StatSheep => Ok(stat_sheep(front).await),
         Opcode::StatRecovery => Ok(stat_recovery(front, request)),
         Opcode::Stat => Ok(stat(front)),
         Opcode::GetLoglevel => Ok(Reply::data(u32::from((front.log.level)()).to_le_bytes().to_vec())),
         Opcode::SetLoglevel => set_log_level(front, payload),
-        Opcode::MdInfo => md_info(front, request),
-        Opcode::GetRecovery => Ok(Reply::data(Throttle::default().encode().to_vec())),
+        Opcode::MdInfo => md_info(front, request).await,
         Opcode::ClusterReport => report(front, request),
         Opcode::ClusterAdmin => administer(front, request, payload).await,
         // Known, but not served by this version.
@@ -67,7 +67,7 @@ pub async fn see_everything(front: &Front) {
 pub fn cluster_default(front: &Front) -> Reply {
     let settings = front.data.view().state.settings;
     Reply::body(ResponseBody::ClusterDefault {
-        nr_copies: settings.copies,
+        nr_copies: settings.copies.now(),
         copy_policy: 0,
         block_size_shift: settings.object_size_shift,
         rest: [0; 25],
@@ -80,10 +80,12 @@ fn entries<'a>(members: impl Iterator<Item = &'a EpochMember>) -> Vec<NodeEntry>
     let storing = members.iter().filter(|member| !member.is_gateway()).count();
     let total: f64 = members.iter().map(|member| member.weight as f64).sum();
     let mean = if storing == 0 { 1.0 } else { total / storing as f64 };
+    // 0 would say that the node stores nothing, however small it is beside the others.
+    let least = |member: &Member| if member.is_gateway() { 0.0 } else { 1.0 };
     let entry = |member: &&Member| NodeEntry {
         address: member.address,
         port: member.port,
-        nr_vnodes: (member.weight as f64 / mean * VNODES_SHOWN).round().min(65535.0) as u16,
+        nr_vnodes: (member.weight as f64 / mean * VNODES_SHOWN).round().clamp(least(member), 65535.0) as u16,
         zone: member.zone,
         space: member.weight,
         ..NodeEntry::default()
@@ -107,11 +109,11 @@ fn cluster_info(front: &Front, request: &Request) -> Outcome {
     let state = &view.state;
     let info = ClusterInfo {
         proto_ver: ADMIN_VERSION,
-        disable_recovery: 0,
+        disable_recovery: u8::from(state.recovery_held),
         epoch: state.epoch.get(),
         ctime: state.created,
         flags: state.settings.flags,
-        nr_copies: state.settings.copies,
+        nr_copies: state.settings.copies.now(),
         copy_policy: 0,
         status: match state.phase {
             Phase::Running => 1,
@@ -160,8 +162,9 @@ fn stat_cluster(front: &Front, request: &Request) -> Outcome {
         let mut entry = EpochEntry { time: record.time, epoch: record.epoch.get(), nodes, ..EpochEntry::default() };
         if payload.is_empty() {
             entry.ctime = state.created;
-            entry.nr_copies = state.settings.copies;
+            entry.nr_copies = state.settings.copies.now();
             entry.flags = state.settings.flags;
+            entry.disable_recovery = u8::from(state.recovery_held);
             entry.driver_name = store_name(front);
         }
         let bytes = entry.encode(nodes_nr).ok_or(Status::BufferSmall)?;
@@ -201,7 +204,8 @@ fn default_copies(front: &Front) -> u8 {
     if state.needs_majority { zones } else { sheep_core::cluster_state::DEFAULT_COPIES }
 }
 
-async fn propose(front: &Front, command: Command) -> Outcome {
+/// Has the cluster order it, and waits until it counts here.
+pub async fn propose(front: &Front, command: Command) -> Outcome {
     match front.data.cluster().propose(command).await {
         Ok(Ordered::Refused(refusal)) => Err(of_refusal(refusal)),
         Ok(_) => {
@@ -217,7 +221,7 @@ async fn propose(front: &Front, command: Command) -> Outcome {
 
 async fn shutdown(front: &Front) -> Outcome {
     // What was acknowledged without being durable becomes so before anybody stops.
-    if front.data.view().state.is_running() && crate::data::flush::flush(&front.data).await.is_err() {
+    if front.data.view().state.is_running() && crate::data::flush::flush(&front.data, None).await.is_err() {
         tracing::warn!("shutting down although not everything could be flushed");
     }
     propose(front, Command::Shutdown).await
@@ -236,8 +240,9 @@ async fn force_recover(front: &Front, request: &Request) -> Outcome {
     }
 }
 
-fn stat_sheep(front: &Front) -> Reply {
+async fn stat_sheep(front: &Front) -> Reply {
     let Some(holder) = front.data.holder() else { return Reply::body(ResponseBody::node(0, 0, 0)) };
+    holder.store().measure().await;
     let space = holder.store().space();
     // As the ancestor counted: what objects take plus what is free.
     let size = space.used_bytes + space.free_bytes;
@@ -288,15 +293,23 @@ fn stat_recovery(front: &Front, request: &Request) -> Reply {
     Reply::data(bytes[..bytes.len().min(request.data_length as usize)].to_vec())
 }
 
-fn md_info(front: &Front, request: &Request) -> Outcome {
+async fn md_info(front: &Front, request: &Request) -> Outcome {
     if (request.data_length as usize) < MD_INFO_BYTES {
         return Err(Status::BufferSmall);
     }
     let disks: Vec<DiskEntry> = match front.data.holder() {
         None => Vec::new(),
         Some(holder) => {
-            let space = holder.store().space();
-            vec![DiskEntry { index: 0, free: space.free_bytes, used: space.used_bytes, path: Vec::new() }]
+            holder.store().measure().await;
+            let disks = holder.store().disks().into_iter().zip(0..);
+            disks
+                .map(|(disk, index)| DiskEntry {
+                    index,
+                    free: disk.free_bytes,
+                    used: disk.used_bytes,
+                    path: disk.path.into_os_string().into_vec(),
+                })
+                .collect()
         }
     };
     Ok(Reply::data(encode_disks(&disks)))
@@ -313,8 +326,10 @@ fn phase_name(phase: &Phase) -> &'static str {
 
 /// Admissions, keys and the like; the answer is always JSON text, so that the reason of a refusal reaches the operator.
 async fn administer(front: &Front, request: &Request, payload: &[u8]) -> Outcome {
-    let Ok(wish) = serde_json::from_slice::<Administration>(payload) else { return Err(Status::InvalidParms) };
-    let answer = if front.trusted {
+    let answer = if let Some(answer) = super::volume_wishes::run(front, payload).await {
+        answer
+    } else if front.trusted {
+        let Ok(wish) = serde_json::from_slice::<Administration>(payload) else { return Err(Status::InvalidParms) };
         match front.data.cluster().administer(wish).await {
             Ok(text) => serde_json::json!({ "ok": text }),
             Err(error) => serde_json::json!({ "error": error.to_string() }),

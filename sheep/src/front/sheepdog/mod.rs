@@ -1,16 +1,19 @@
 //! Sheepdog's client protocol: listening sockets and connections.
 //!
 //! `conn` reads requests and answers them in the order of completion; `ops` is the table of operations, `reply` what they give; `objects`, `vdis`,
-//! `locks`, `restores` and `admin` carry them out; `wire_status` turns errors into result codes.
+//! `locks`, `restores`, `changes` and `admin` carry them out; `wire_status` turns errors into result codes.
 
 pub mod admin;
+pub mod changes;
 pub mod conn;
 pub mod locks;
 pub mod objects;
 pub mod ops;
 pub mod reply;
 pub mod restores;
+mod summaries;
 pub mod vdis;
+mod volume_wishes;
 pub mod wire_status;
 
 use std::net::SocketAddr;

@@ -17,16 +17,32 @@ use crate::data::gateway::write::{Base, ObjectWrite, write as write_object};
 use crate::data::gateway::{ReadFailure, read as read_path};
 use crate::data::inode::{self, InodeWriter};
 use crate::data::volumes::{self, Creation};
-use crate::data::{Data, check as checks, flush as flushes};
+use crate::data::{Data, check as checks, flush as flushes, throttle};
 
 /// A write is durable when answered unless the client says that it will flush (protocol.md section 6.20).
 fn durable(request: &Request) -> bool {
     !request.flags.contains(RequestFlags::CACHE) || request.flags.contains(RequestFlags::DIRECT)
 }
 
+/// A VDI may have been made through another node a moment ago.
+async fn hear_of(front: &Front, oid: Oid) {
+    let is_known = || front.data.view().state.vdis.contains_key(&oid.vid().get());
+    // Of an attribute's id only some bits are a VDI's.
+    if oid.kind() != Some(ObjectKind::Attribute) && !is_known() {
+        super::admin::see_everything(front).await;
+    }
+}
+
+/// The limits of the volume that owns a data object. A client of a clone reads what it shares as its owner's.
+async fn pass_limits(front: &Front, oid: Oid, bytes: usize) {
+    if oid.kind() == Some(ObjectKind::Data) {
+        throttle::pass(&front.data, oid.vid(), bytes).await;
+    }
+}
+
 /// The bytes of a data object that is here and current.
 pub fn read_now(data: &Data, body: &ObjectRequest, request: &Request) -> Option<Bytes> {
-    if body.oid.kind()? != ObjectKind::Data {
+    if body.oid.kind()? != ObjectKind::Data || throttle::is_limited(data, body.oid.vid()) {
         return None;
     }
     read_path::read_now(data, body.oid, body.offset, request.data_length as usize)
@@ -38,15 +54,14 @@ pub async fn read(front: &Front, body: &ObjectRequest, request: &Request) -> Out
     if request.flags.contains(RequestFlags::WRITE) {
         return Err(Status::InvalidParms);
     }
+    hear_of(front, body.oid).await;
     let bytes = match body.oid.kind() {
         Some(ObjectKind::Inode) => {
-            if !front.data.view().state.vdis.contains_key(&body.oid.vid().get()) {
-                super::admin::see_everything(front).await;
-            }
             let read = inode::read_inode(&front.data, body.oid.vid(), body.offset, length).await;
             read.map_err(|error| of_inode(&error))?
         }
         Some(ObjectKind::Data | ObjectKind::Vmstate | ObjectKind::Attribute) => {
+            pass_limits(front, body.oid, length).await;
             read_path::read(&front.data, body.oid, body.offset, length).await.map_err(of_read)?
         }
         Some(ObjectKind::BtreeNode | ObjectKind::Ledger) => return Err(Status::NoObj),
@@ -60,6 +75,7 @@ pub async fn write(front: &Front, body: &ObjectRequest, request: &Request, paylo
     if !request.flags.contains(RequestFlags::WRITE) && request.data_length != 0 {
         return Err(Status::InvalidParms);
     }
+    hear_of(front, body.oid).await;
     match body.oid.kind() {
         Some(ObjectKind::Inode) => {
             let writer = InodeWriter {
@@ -71,6 +87,7 @@ pub async fn write(front: &Front, body: &ObjectRequest, request: &Request, paylo
             written.map_err(|error| of_inode(&error))?;
         }
         Some(ObjectKind::Data | ObjectKind::Vmstate | ObjectKind::Attribute) => {
+            pass_limits(front, body.oid, payload.len()).await;
             let object = ObjectWrite {
                 oid: body.oid,
                 offset: body.offset,
@@ -99,6 +116,7 @@ pub async fn create(front: &Front, body: &ObjectRequest, request: &Request, payl
     if source.is_some_and(|source| source.kind() != body.oid.kind()) {
         return Err(Status::InvalidParms);
     }
+    hear_of(front, body.oid).await;
     let creation = Creation {
         oid: body.oid,
         offset: body.offset,
@@ -106,6 +124,7 @@ pub async fn create(front: &Front, body: &ObjectRequest, request: &Request, payl
         source: source.filter(|source| *source != body.oid),
         durable: durable(request),
     };
+    pass_limits(front, body.oid, creation.payload.len()).await;
     volumes::create_object(&front.data, creation).await.map_err(of_volume)?;
     Ok(Reply::done())
 }
@@ -115,13 +134,15 @@ pub async fn discard(front: &Front, body: &ObjectRequest, request: &Request) -> 
     if body.oid.kind() != Some(ObjectKind::Data) {
         return Err(Status::InvalidParms);
     }
+    hear_of(front, body.oid).await;
+    pass_limits(front, body.oid, 0).await;
     inode::discard(&front.data, body.oid, durable(request), false).await.map_err(|error| of_inode(&error))?;
     Ok(Reply::done())
 }
 
 /// FLUSH_VDI.
-pub async fn flush(front: &Front) -> Outcome {
-    flushes::flush(&front.data).await.map_err(of_write)?;
+pub async fn flush(front: &Front, oid: Oid) -> Outcome {
+    flushes::flush(&front.data, Some(oid.vid())).await.map_err(of_write)?;
     Ok(Reply::done())
 }
 

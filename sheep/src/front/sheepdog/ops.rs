@@ -12,7 +12,7 @@ use qemu_proto::status::Status;
 use sheep_core::cluster_state::{ClusterState, Phase};
 
 use super::reply::{Answer, Outcome, Reply};
-use super::{Front, admin, objects, restores, vdis};
+use super::{Front, admin, changes, objects, restores, summaries, vdis};
 
 /// How long a request that is no I/O waits for the cluster to serve again.
 const SERVICE_PATIENCE: Duration = Duration::from_secs(10);
@@ -135,7 +135,7 @@ async fn await_service(front: &Front, request: &Request) {
 
 async fn dispatch(front: &Front, opcode: Opcode, request: &Request, payload: Bytes) -> Outcome {
     use Opcode as O;
-    if matches!(opcode, O::ReadVdis | O::ReadDelVdis | O::GetVdiCopies) {
+    if matches!(opcode, O::ReadVdis | O::ReadDelVdis | O::GetVdiCopies | O::DescribeVdis) {
         // What was made through another node is listed here at once.
         admin::see_everything(front).await;
     }
@@ -144,7 +144,7 @@ async fn dispatch(front: &Front, opcode: Opcode, request: &Request, payload: Byt
         (O::WriteObj, RequestBody::Object(body)) => objects::write(front, body, request, payload).await,
         (O::CreateAndWriteObj, RequestBody::Object(body)) => objects::create(front, body, request, payload).await,
         (O::DiscardObj, RequestBody::Object(body)) => objects::discard(front, body, request).await,
-        (O::FlushVdi, RequestBody::Object(_)) => objects::flush(front).await,
+        (O::FlushVdi, RequestBody::Object(body)) => objects::flush(front, body.oid).await,
         (O::Exist, RequestBody::Object(body)) => objects::exist(front, body),
         (O::CheckObject, RequestBody::Object(body)) => objects::check(front, body).await,
         (O::LocateObject, RequestBody::Object(body)) => objects::locate(front, body, request),
@@ -158,12 +158,23 @@ async fn dispatch(front: &Front, opcode: Opcode, request: &Request, payload: Byt
         (O::NewVdi | O::LockVdi | O::GetVdiInfo | O::DelVdi | O::GetVdiAttr | O::RestoreVdi, _) => {
             Err(Status::InvalidParms)
         }
+        (O::DescribeVdis, RequestBody::Vdi(body)) => summaries::run(front, request, body).await,
         (O::ReleaseVdi, RequestBody::Vdi(body)) => vdis::release(front, request, body).await,
         (O::ReleaseVdi, _) => Ok(Reply::done()),
         (O::ReadVdis, _) => vdis::bitmap(front, request, |_| true),
         (O::ReadDelVdis, _) => vdis::bitmap(front, request, |vdi| vdi.deleted),
         (O::GetVdiCopies, _) => vdis::states(front, request),
         (O::GetClusterDefault, _) => Ok(admin::cluster_default(front)),
+        (
+            O::AlterVdiCopy
+            | O::AlterClusterCopy
+            | O::Reweight
+            | O::EnableRecover
+            | O::DisableRecover
+            | O::GetRecovery
+            | O::SetRecovery,
+            _,
+        ) => changes::run(front, opcode, request, &payload).await,
         (_, _) => admin::run(front, opcode, request, &payload).await,
     }
 }

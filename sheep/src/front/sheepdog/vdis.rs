@@ -104,7 +104,7 @@ pub fn states(front: &Front, request: &Request) -> Outcome {
         let owner = locked.get(&vdi.id).and_then(|node| view.state.members.get(node));
         let entry = VdiStateEntry {
             vid: vdi.id.get(),
-            nr_copies: vdi.copies,
+            nr_copies: vdi.copies.now(),
             snapshot: u8::from(vdi.is_snapshot()),
             deleted: u8::from(vdi.deleted),
             copy_policy: 0,

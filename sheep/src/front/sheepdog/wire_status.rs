@@ -11,7 +11,7 @@ use crate::data::volumes::VolumeError;
 pub fn of_write(error: WriteError) -> Status {
     match error {
         WriteError::Missing => Status::NoObj,
-        WriteError::Invalid => Status::InvalidParms,
+        WriteError::Invalid | WriteError::BeyondEnd => Status::InvalidParms,
         WriteError::ReadOnly => Status::Readonly,
         WriteError::NoSpace => Status::NoSpace,
         WriteError::NoHolders => Status::Halt,
@@ -47,7 +47,9 @@ pub fn of_refusal(refusal: Refusal) -> Status {
         Refusal::LeaseHeldBy(_) | Refusal::LeaseLost => Status::Again,
         Refusal::Banned | Refusal::OtherFingerprint | Refusal::TokenUnknown => Status::JoinFailed,
         Refusal::Locked => Status::VdiLocked,
+        Refusal::EarlierVersion => Status::NoSupport,
         Refusal::NoEffect => Status::Unknown,
+        Refusal::Recovering => Status::NodeInRecovery,
     }
 }
 

@@ -11,6 +11,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use sheep_core::command::{Command, Outcome};
+use sheep_core::level::Level;
 use sheep_core::member::{Member, NodeId};
 
 use super::{Carried, Carrier, Consensus, Entry, ProposeError, Proposed, Role, Timing, Unreachable};
@@ -168,6 +169,7 @@ fn member(id: u64) -> Member {
         boot: 1,
         zone: 0,
         weight: 1 << 30,
+        level: Level::OURS,
     }
 }
 

@@ -31,6 +31,7 @@ async fn what_is_proposed_is_applied_everywhere_and_survives_restarts() {
     // Once more: the first answer, not another change.
     assert_eq!(propose(&leader, 7).await.unwrap().outcome, Outcome::Done);
     assert_eq!(leader.watch().borrow().state.applied, 200);
+    wire.agreed(&leader).await;
     let follower = wire.node(others(leader.node().get())[0]);
     assert_eq!(propose(&follower, 300).await, Err(ProposeError::NotLeader { leader: Some(leader.node()) }));
     assert!(leader.read_index(PATIENCE).await.unwrap() >= published.index);

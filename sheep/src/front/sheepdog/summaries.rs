@@ -1,0 +1,77 @@
+//! DESCRIBE_VDIS: what lists show of VDIs, many in one answer.
+//!
+//! Always holds: an answer has at most `SUMMARIES_MAX` entries and as many as the client has room for, one map is in memory for
+//! each of `MAPS_AT_ONCE`, and an answer without entries means that there are no more.
+
+use qemu_proto::oid::VdiId;
+use qemu_proto::request::{Request, VdiRequest};
+use qemu_proto::status::Status;
+use qemu_proto::vdi_summary::{SUMMARIES_MAX, SUMMARY_BYTES, VdiSummary};
+use sheep_core::vdi::Vdi;
+use tokio::task::JoinSet;
+
+use super::Front;
+use super::reply::{Outcome, Reply};
+use crate::data::{Data, inode};
+
+/// Maps that are read side by side: those of other nodes come over the network.
+const MAPS_AT_ONCE: usize = 16;
+/// Maps that one disk thread reads in a row: a way to such a thread and back for each took longer than the reading.
+const MAPS_IN_A_ROW: usize = 64;
+/// Disk threads that do so at once; what they opened has to be open still when it is counted (a store keeps 512 files).
+const ROWS: usize = 4;
+
+/// The VDIs from the id `base_vdi_id` on that a name finds, ascending.
+pub async fn run(front: &Front, request: &Request, body: &VdiRequest) -> Outcome {
+    let room = (request.data_length as usize / SUMMARY_BYTES).min(SUMMARIES_MAX);
+    if room == 0 {
+        return Err(Status::InvalidParms);
+    }
+    let view = front.data.view();
+    let is_listed = |vdi: &&std::sync::Arc<Vdi>| !vdi.deleted && !vdi.is_being_restored();
+    let wanted: Vec<_> =
+        view.state.vdis.range(body.base_vdi_id..).map(|(_, vdi)| vdi).filter(is_listed).take(room).collect();
+    let mut counts = vec![None; wanted.len()];
+    let mut tasks: JoinSet<(usize, Option<(u32, u32)>)> = JoinSet::new();
+    for (index, vdi) in wanted.iter().enumerate() {
+        if index % (MAPS_IN_A_ROW * ROWS) == 0 {
+            warm(&front.data, &wanted[index..]).await;
+        }
+        if let Some(map) = inode::whole_map_now(&front.data, vdi.id) {
+            counts[index] = count(&map, vdi.id);
+            continue;
+        }
+        if tasks.len() >= MAPS_AT_ONCE
+            && let Some(Ok((index, objects))) = tasks.join_next().await
+        {
+            counts[index] = objects;
+        }
+        let (data, id) = (front.data.clone(), vdi.id);
+        tasks.spawn(async move { (index, inode::whole_map(&data, id).await.ok().and_then(|map| count(&map, id))) });
+    }
+    while let Some(Ok((index, objects))) = tasks.join_next().await {
+        counts[index] = objects;
+    }
+    let mut payload = Vec::with_capacity(wanted.len() * SUMMARY_BYTES);
+    for (vdi, objects) in wanted.into_iter().zip(counts) {
+        payload.extend_from_slice(&VdiSummary { header: inode::header_of(vdi), objects }.encode());
+    }
+    Ok(Reply::data(payload))
+}
+
+/// Brings the maps of the first of these VDIs into memory.
+async fn warm(data: &Data, vdis: &[&std::sync::Arc<Vdi>]) {
+    let mut rows = JoinSet::new();
+    for row in vdis.chunks(MAPS_IN_A_ROW).take(ROWS) {
+        let (data, ids) = (data.clone(), row.iter().map(|vdi| vdi.id).collect::<Vec<_>>());
+        rows.spawn(async move { inode::warm_maps(&data, ids.into_iter()).await });
+    }
+    rows.join_all().await;
+}
+
+/// How many objects a map names that are the VDI's own, and how many that are others'.
+fn count(map: &[u32], id: VdiId) -> Option<(u32, u32)> {
+    let own = map.iter().filter(|owner| **owner == id.get()).count();
+    let named = map.iter().filter(|owner| **owner != 0).count();
+    Some((u32::try_from(own).ok()?, u32::try_from(named - own).ok()?))
+}
