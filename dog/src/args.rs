@@ -134,11 +134,16 @@ pub enum Vdi {
         The old VDI id becomes the snapshot; the volume goes on under a new id.")]
     Snapshot(Snapshot),
     /// Create a VDI whose content is that of a snapshot
-    #[command(after_help = "Example:\n  dog vdi clone -s before-upgrade disk1 disk2\n\n\
-        The clone has the object size of the snapshot and shares its objects until they are written.")]
+    #[command(after_help = "Examples:\n  dog vdi clone -s before-upgrade disk1 disk2\n  \
+        dog vdi clone -n -s before-upgrade disk1 disk2\n\n\
+        The clone has the object size of the snapshot and shares its objects until they are written.\n\
+        With -P it gets all of its objects now, with -n those that the snapshot has, and no parent then.")]
     Clone(Clone),
     /// Delete a VDI or a snapshot
-    #[command(after_help = "Examples:\n  dog vdi delete disk1\n  dog vdi delete -s before-upgrade disk1\n\n\
+    #[command(after_help = "Examples:\n  dog vdi delete disk1\n  dog vdi delete -s before-upgrade disk1\n  \
+        dog vdi delete -m 1000 disk1\n\n\
+        With -m the first N objects that the VDI has become holes, and it stays; a snapshot is deleted as\n\
+        a whole.\n\
         Differs from the old tool: exits 1 when nothing was deleted; the old one exited 0.\n\
         -B and -I are accepted and mean nothing: the cluster drops the objects by itself, at its own pace.")]
     Delete(Delete),
@@ -152,17 +157,20 @@ pub enum Vdi {
         Differs from the old tool: exits 1 when the header of a VDI could not be read.")]
     List(List),
     /// Show which snapshot grew from which
-    #[command(after_help = "Example:\n  dog vdi tree")]
-    Tree,
+    #[command(after_help = "Examples:\n  dog vdi tree\n  dog vdi tree --json")]
+    Tree(Tree),
     /// Show which snapshot grew from which, for Graphviz
     #[command(after_help = "Example:\n  dog vdi graph | dot -Tsvg > vdis.svg\n\n\
         Working VDIs are red. A box with nothing but an id stands for a VDI that was deleted.\n\
-        Differs from the old tool: Tag is the tag of a snapshot, its number only where it has none.")]
+        Differs from the old tool: Tag is the tag of a snapshot, its number only where it has none, and\n\
+        no edge leads to a VDI that has no parent.")]
     Graph,
     /// Show where the objects of a VDI are, or which it has
     #[command(after_help = "Examples:\n  dog vdi object map disk1\n  dog vdi object location disk1\n  \
         dog vdi object location -i 12 disk1\n\nEach node is asked what it has; where the object should be comes last, \
-        the preferred node first.")]
+        the preferred node first.\n\n\
+        Differs from the old tool: dump-inode takes the name of a VDI and asks the cluster; the old one\n\
+        took a file of a store, and printed counts of references (gref), which do not exist here.")]
     Object(Object),
     /// Show where an object of a VDI was in each epoch
     #[command(after_help = "Examples:\n  dog vdi track disk1\n  dog vdi track -i 12 disk1\n  \
@@ -183,8 +191,13 @@ pub enum Vdi {
         Differs from the old tool: exits 5 only when the attribute or the VDI is missing."
     )]
     Getattr(Getattr),
-    /// Make a VDI larger
-    #[command(after_help = "Example:\n  dog vdi resize disk1 40G")]
+    /// Make a VDI larger or smaller
+    #[command(after_help = "Examples:\n  dog vdi resize disk1 40G\n  dog vdi resize -f disk1 10G\n\n\
+        Both while it is in use, if its users bear it: make the file system smaller first, the VDI then.\n\
+        What is beyond the new end is gone, also from disk; when the VDI grows again it reads zeros there.\n\
+        An NBD client learns of a new size when it connects again; writes beyond the end are refused.\n\
+        An interruption leaves the old size, and perhaps zeros beyond the new one; run the command again.\n\n\
+        Differs from the old tool: that could not make a VDI smaller and exited 64.")]
     Resize(Resize),
     /// Write the content of a VDI to standard output
     #[command(
@@ -241,6 +254,81 @@ pub enum Vdi {
         --nbd needs root, nbd-client and the kernel's module nbd; 'nbd-client -d /dev/nbd0' detaches.\n\
         DOG_NBD_CLIENT names another program than nbd-client.")]
     Attach(Attach),
+    /// Change the number of copies of a VDI's objects
+    #[command(after_help = "Examples:\n  dog vdi alter-copy -c 3 disk1\n  dog vdi alter-copy -f -c 1 scratch\n\n\
+        The VDI may be in use. Its snapshots have the same number of copies and change with it.\n\
+        The cluster brings the further copies, or drops those that are too many, in the background;\n\
+        'dog node recovery' shows it. Clones, and what they share with a VDI of another name, keep\n\
+        their own numbers.\n\n\
+        Differs from the old tool: VDIs with snapshots, and clones, can be altered too.")]
+    AlterCopy(AlterCopy),
+    /// Give a VDI and its snapshots another name
+    #[command(after_help = "Example:\n  dog vdi rename disk1 web-disk\n\n\
+        Whoever has it open goes on. QEMU's old sheepdog driver does not list the snapshots that were made\n\
+        before, because it looks for them by the name.")]
+    Rename(Rename),
+    /// Make a clone independent of what it was cloned from
+    #[command(after_help = "Example:\n  dog vdi flatten disk2\n\n\
+        The VDI gets its own copy of every object that it shares, while it is in use; then it has no parent\n\
+        any more. An interruption does no harm: the same command goes on where it was. Snapshots of the VDI\n\
+        itself keep sharing. Close and open it in QEMU's old sheepdog driver before its former parent is\n\
+        deleted: that driver keeps a list of objects of its own.")]
+    Flatten(Flatten),
+    /// Limit how fast a VDI may be used
+    #[command(after_help = "Examples:\n  dog vdi qos disk1 --iops 500 --bps 50M --burst 10\n  dog vdi qos disk1\n  \
+        dog vdi qos disk1 --iops 0 --bps 0\n\n\
+        Takes effect at once, for clients that are connected too. 0 is no limit; without options the limits\n\
+        are shown. After a pause, --burst seconds' worth may be used at once. The limits hold at the node\n\
+        that a client is connected to, for all of its clients together.")]
+    Qos(Qos),
+}
+
+#[derive(Debug, Args)]
+#[allow(missing_docs)]
+pub struct AlterCopy {
+    /// Copies of each object, 1 to 31 [default: 3]
+    #[arg(short, long, value_name = "COPIES", allow_hyphen_values = true)]
+    pub copies: Option<String>,
+    /// Do not ask
+    #[arg(short, long)]
+    pub force: bool,
+    /// Name of the VDI
+    pub vdi: OsString,
+}
+
+#[derive(Debug, Args)]
+#[allow(missing_docs)]
+pub struct Rename {
+    /// Name of the VDI
+    pub vdi: OsString,
+    /// The new name
+    pub to: OsString,
+}
+
+#[derive(Debug, Args)]
+#[allow(missing_docs)]
+pub struct Flatten {
+    /// Name of the VDI
+    pub vdi: OsString,
+}
+
+#[derive(Debug, Args)]
+#[allow(missing_docs)]
+pub struct Qos {
+    /// Reads, writes and discards per second
+    #[arg(long, value_name = "N")]
+    pub iops: Option<u64>,
+    /// Bytes per second, such as 50M
+    #[arg(long, value_name = "BYTES")]
+    pub bps: Option<String>,
+    /// Seconds' worth that may be used at once after a pause
+    #[arg(long, value_name = "SECONDS")]
+    pub burst: Option<u32>,
+    /// As JSON
+    #[arg(long)]
+    pub json: bool,
+    /// Name of the VDI
+    pub vdi: OsString,
 }
 
 /// `-s`, for commands that work on snapshots too.
@@ -271,7 +359,7 @@ pub struct Attach {
 pub struct Check {
     #[command(flatten)]
     pub snapshot: SnapshotWord,
-    /// Only report missing objects (not available in this version)
+    /// Only report missing objects, and repair nothing
     #[arg(short, long)]
     pub exist: bool,
     /// Name of the VDI
@@ -320,8 +408,9 @@ pub struct Snapshot {
     /// Print the ids of volume and snapshot
     #[arg(short, long)]
     pub verbose: bool,
-    /// Name of the VDI
-    pub vdi: OsString,
+    /// Name of the VDI; of several, the snapshots are of one moment
+    #[arg(required = true, value_name = "VDI")]
+    pub vdi: Vec<OsString>,
 }
 
 #[derive(Debug, Args)]
@@ -329,10 +418,10 @@ pub struct Snapshot {
 pub struct Clone {
     #[command(flatten)]
     pub snapshot: SnapshotWord,
-    /// Allocate every object now (not available in this version)
+    /// Copy the data and allocate every object now
     #[arg(short = 'P', long)]
     pub prealloc: bool,
-    /// Copy the data instead of sharing it (not available in this version)
+    /// Copy the data, so that the new VDI has nothing to do with the snapshot
     #[arg(short, long)]
     pub no_share: bool,
     /// With -v, print the bare id
@@ -358,7 +447,7 @@ pub struct Delete {
     /// Accepted for old scripts, without effect
     #[arg(short = 'I', long, value_name = "SECONDS")]
     pub reclamation_interval: Option<String>,
-    /// Drop at most N objects and keep the VDI (not available in this version)
+    /// Drop at most N objects and keep the VDI
     #[arg(short, long, value_name = "N")]
     pub max_reclaim: Option<String>,
     /// Name of the VDI
@@ -407,14 +496,25 @@ pub struct List {
 
 #[derive(Debug, Args)]
 #[allow(missing_docs)]
+pub struct Tree {
+    /// As JSON
+    #[arg(long)]
+    pub json: bool,
+}
+
+#[derive(Debug, Args)]
+#[allow(missing_docs)]
 pub struct Object {
     /// Index of a data object, decimal or 0x...
     #[arg(short, long, value_name = "INDEX", allow_hyphen_values = true)]
     pub index: Option<String>,
     #[command(flatten)]
     pub snapshot: SnapshotWord,
-    /// location: which nodes have an object; map: which VDI owns each object
-    #[arg(value_name = "location|map")]
+    /// As JSON
+    #[arg(long)]
+    pub json: bool,
+    /// location: which nodes have an object; map: which VDI owns each object; dump-inode: everything an inode says
+    #[arg(value_name = "location|map|dump-inode")]
     pub nested: Option<String>,
     /// Name of the VDI
     pub vdi: Option<OsString>,
@@ -468,6 +568,9 @@ pub struct Getattr {
 #[derive(Debug, Args)]
 #[allow(missing_docs)]
 pub struct Resize {
+    /// Make it smaller without asking, even if a client has locked it
+    #[arg(short, long)]
+    pub force: bool,
     /// Name of the VDI
     pub vdi: OsString,
     /// New size, such as 40G
@@ -566,7 +669,11 @@ pub enum Node {
     /// Show which nodes are still receiving copies
     #[command(
         after_help = "Examples:\n  dog node recovery\n  until [ $(dog node recovery -r | wc -l) = 0 ]; do sleep 1; done\n\n\
-        Two header lines and nothing else: no node is recovering."
+        Two header lines and nothing else: no node is recovering.\n\
+        set-throttle MAX INTERVAL: the node that is asked brings at most MAX objects in INTERVAL\n\
+        milliseconds, until it is started again; 0 0 lifts it. Objects that somebody reads or writes do\n\
+        not wait.\n\n\
+        Examples:\n  dog node recovery set-throttle 10 1000\n  dog node recovery get-throttle"
     )]
     Recovery(Recovery),
     /// Show what a node was asked by clients and by other nodes
@@ -597,6 +704,65 @@ pub enum Node {
         'dog cluster info -v' shows the ids. The cluster key is replaced too: the node knew it.\n\
         A node that is only to stop, or to be repaired, needs no ban: dog node kill.")]
     Ban(Ban),
+    /// Show the disks of a node
+    #[command(after_help = "Examples:\n  dog node md info\n  dog node md info -A\n\n\
+        Differs from the old tool: disks are given when sheep is started for the first time\n\
+        (sheep META,DISK1,DISK2); plug and unplug are refused. To change them, start the node with an\n\
+        empty META, and the others fill it.")]
+    Md(Md),
+    /// The share of the data that a node has
+    #[command(
+        after_help = "Shares follow the capacities of the nodes; 'dog cluster reweight' looks at them again.\n\n\
+        Differs from the old tool: there are no fixed numbers of vnodes, so set always refuses\n\
+        (exit 255), as the old one did where numbers were automatic."
+    )]
+    Vnodes(Vnodes),
+    /// Look whether a directory can become a node's store
+    #[command(after_help = "Example:\n  dog node format /data plain\n\n\
+        For old scripts: sheep makes its store by itself when it is started with an empty directory.\n\
+        Nothing is written. A directory that has a store, or anything else, is refused (exit 2).")]
+    Format(NodeFormat),
+}
+
+#[derive(Debug, Args)]
+#[allow(missing_docs)]
+pub struct Md {
+    /// Of all nodes
+    #[arg(short = 'A', long)]
+    pub all: bool,
+    /// Accepted for old scripts, without effect
+    #[arg(short, long)]
+    pub force: bool,
+    #[command(flatten)]
+    pub shape: Shape,
+    /// info: show them; plug, unplug: refused
+    #[arg(value_name = "info|plug|unplug")]
+    pub nested: Option<String>,
+    /// Directories to plug or unplug
+    #[arg(value_name = "DIR,...")]
+    pub disks: Option<OsString>,
+}
+
+#[derive(Debug, Args)]
+#[allow(missing_docs)]
+pub struct Vnodes {
+    /// set, which is refused
+    #[arg(value_name = "set")]
+    pub nested: Option<String>,
+    /// A number from 1 to 65535
+    #[arg(value_name = "N", allow_hyphen_values = true)]
+    pub count: Option<String>,
+}
+
+#[derive(Debug, Args)]
+#[allow(missing_docs)]
+pub struct NodeFormat {
+    /// The directory
+    #[arg(value_hint = ValueHint::DirPath)]
+    pub directory: Option<OsString>,
+    /// plain or tree; both mean the same
+    #[arg(value_name = "plain|tree")]
+    pub store: Option<String>,
 }
 
 /// How to print.
@@ -672,12 +838,18 @@ pub struct Log {
 pub struct Recovery {
     #[command(flatten)]
     pub shape: Shape,
-    /// Draw progress (not available in this version)
+    /// Draw how far the node that is asked has come, until it has finished
     #[arg(short = 'P', long)]
     pub progress: bool,
-    /// info, which is also the default
-    #[arg(value_name = "info")]
+    /// info, which is also the default; get-throttle, set-throttle: how fast the node that is asked may go
+    #[arg(value_name = "info|get-throttle|set-throttle")]
     pub nested: Option<String>,
+    /// Objects in each interval; 0 for as many as can be
+    #[arg(value_name = "MAX", allow_hyphen_values = true)]
+    pub max: Option<String>,
+    /// Milliseconds; 0 for as many as can be
+    #[arg(value_name = "INTERVAL", allow_hyphen_values = true)]
+    pub interval: Option<String>,
 }
 
 /// The second word after `cluster`.
@@ -703,11 +875,15 @@ pub enum Cluster {
     /// Stop all nodes
     #[command(after_help = "Example:\n  dog cluster shutdown")]
     Shutdown,
-    /// Go on without the nodes that are missing
-    #[command(after_help = "Example:\n  dog cluster recover force\n\n\
-        Only when the missing nodes are lost for good: what only they had is lost with them.\n\
+    /// Go on without the nodes that are missing, or hold recovery
+    #[command(
+        after_help = "Examples:\n  dog cluster recover force\n  dog cluster recover disable\n  dog cluster recover enable\n\n\
+        force: only when the missing nodes are lost for good: what only they had is lost with them.\n\
         The id of the cluster has to be typed, unless -f says that a program knows what it does\n\
-        (with -c local, a yes is enough).")]
+        (with -c local, a yes is enough).\n\
+        disable: copies that are missing or old are left so, but for those that somebody reads or\n\
+        writes, until enable: for work on several machines, one after the other."
+    )]
     Recover(Recover),
     /// Make a token that lets one new node in
     #[command(after_help = "Example:\n  dog cluster token\n\n\
@@ -720,6 +896,27 @@ pub enum Cluster {
         manage the cluster from another machine (dog -a HOST --key FILE): keep copies as you keep\n\
         passwords. rotate makes copies and unused tokens void; members get the new key by themselves.")]
     Key(Key),
+    /// Spread the data by what the nodes' disks hold now
+    #[command(after_help = "Example:\n  dog cluster reweight\n\n\
+        Every node has the share of the data that the capacity of its disks had of all when it\n\
+        started. This looks at the capacities again; where one has changed, objects move, which\n\
+        'dog node recovery' shows.")]
+    Reweight,
+    /// Change the number of copies that new VDIs get
+    #[command(after_help = "Example:\n  dog cluster alter-copy -c 2\n\n\
+        Existing VDIs keep theirs: dog vdi alter-copy.")]
+    AlterCopy(ClusterAlterCopy),
+}
+
+#[derive(Debug, Args)]
+#[allow(missing_docs)]
+pub struct ClusterAlterCopy {
+    /// Copies of each object, 1 to 31 [default: 3]
+    #[arg(short, long, value_name = "COPIES", allow_hyphen_values = true)]
+    pub copies: Option<String>,
+    /// Do not ask
+    #[arg(short, long)]
+    pub force: bool,
 }
 
 #[derive(Debug, Args)]
@@ -747,16 +944,16 @@ pub struct Format {
     /// Let only one client of the native protocol open a volume (live migration needs two)
     #[arg(short, long)]
     pub lock: bool,
-    /// Refuse writes that cannot have all copies
+    /// Refuse writes that cannot have all their copies
     #[arg(short = 't', long)]
     pub strict: bool,
     /// Object size as a power of two, 20 to 31 [default: 22]
     #[arg(short = 'z', long = "block_size_shift", value_name = "SHIFT", allow_hyphen_values = true)]
     pub block_size_shift: Option<String>,
-    /// Use the vnode counts that the nodes were started with
+    /// Accepted for old scripts, without effect: shares follow the capacities of the nodes
     #[arg(short = 'V', long)]
     pub fixedvnodes: bool,
-    /// Give out the ids of deleted VDIs again
+    /// Accepted for old scripts, without effect: ids are not given out again
     #[arg(short = 'R', long)]
     pub recyclevid: bool,
     /// Do not ask
@@ -765,7 +962,7 @@ pub struct Format {
     /// Let any node of the network in, and encrypt nothing between nodes: for laboratories
     #[arg(long)]
     pub open: bool,
-    /// Do not fill disks up when recovering
+    /// Accepted for old scripts, without effect: disks always keep a reserve
     #[arg(short = 'F', long = "avoid-diskfull")]
     pub avoid_diskfull: bool,
 }
@@ -776,8 +973,8 @@ pub struct Recover {
     /// Do not ask
     #[arg(short, long)]
     pub force: bool,
-    /// force: go on without the missing nodes
-    #[arg(value_name = "force")]
+    /// force: go on without the missing nodes; disable, enable: hold recovery, let it run
+    #[arg(value_name = "force|enable|disable")]
     pub nested: Option<String>,
 }
 

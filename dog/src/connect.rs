@@ -79,6 +79,11 @@ impl Refusal {
 impl fmt::Display for Refusal {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match Status::from_code(self.0) {
+            Some(status @ Status::NoSupport) => write!(
+                f,
+                "{}: a node may run an earlier version (the log of the sheep that was asked names it)",
+                status.text()
+            ),
             Some(status) => f.write_str(status.text()),
             None => write!(f, "Invalid error code {:x}", self.0),
         }

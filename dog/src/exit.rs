@@ -21,6 +21,8 @@ pub enum Exit {
     Missing = 5,
     /// The command line was wrong.
     Usage = 64,
+    /// Some commands about one node were refused: the old tool's -1.
+    Refused = 255,
 }
 
 impl From<Exit> for ExitCode {
@@ -80,6 +82,13 @@ impl Failure {
         Failure::failed(format!("{what} is not available in this version"))
     }
 
+    /// The same failure, after what it is about.
+    #[must_use]
+    pub fn about(mut self, what: &str) -> Failure {
+        self.message = format!("{what}: {}", self.message);
+        self
+    }
+
     /// The same failure, its message followed by a line that says what it spoiled.
     #[must_use]
     pub fn then(mut self, line: &str) -> Failure {
@@ -103,8 +112,9 @@ mod tests {
 
     #[test]
     fn numbers_are_those_that_scripts_know() {
-        let numbers = [Exit::Success, Exit::Failure, Exit::System, Exit::Exists, Exit::Missing, Exit::Usage];
-        assert_eq!(numbers.map(|exit| exit as u8), [0, 1, 2, 3, 5, 64]);
+        let numbers =
+            [Exit::Success, Exit::Failure, Exit::System, Exit::Exists, Exit::Missing, Exit::Usage, Exit::Refused];
+        assert_eq!(numbers.map(|exit| exit as u8), [0, 1, 2, 3, 5, 64, 255]);
     }
 
     #[test]

@@ -19,13 +19,14 @@ const README: &str = include_str!("../../README.md");
 /// The part of the README that the page of the tool itself repeats.
 const DIFFERENCES: &str = "\n## Differences from Sheepdog";
 
-const EXIT_CODES: [(Exit, &str); 6] = [
+const EXIT_CODES: [(Exit, &str); 7] = [
     (Exit::Success, "Done; also: a question was answered with no."),
     (Exit::Failure, "The cluster refused, or a value was wrong."),
     (Exit::System, "No sheep could be asked, or this machine failed."),
     (Exit::Exists, "What should be made exists already."),
     (Exit::Missing, "What was asked for does not exist."),
     (Exit::Usage, "The command line was wrong."),
+    (Exit::Refused, "A node refused: its throttle, or a number of vnodes."),
 ];
 
 const VARIABLES: [(&str, &str); 9] = [

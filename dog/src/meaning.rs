@@ -187,6 +187,12 @@ pub fn shown(name: &[u8]) -> Cow<'_, str> {
     String::from_utf8_lossy(name)
 }
 
+/// A name or tag for requests that are text.
+pub fn as_text(name: &[u8]) -> Result<&str, Failure> {
+    std::str::from_utf8(name)
+        .map_err(|_| Failure::failed(format!("'{}' is not UTF-8: this command takes names that are", shown(name))))
+}
+
 /// Which of the VDIs of a name.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
 pub struct Selector {

@@ -14,6 +14,7 @@ use qemu_proto::opcode::Opcode;
 use qemu_proto::request::{Request, RequestBody, VdiRequest, restore};
 use qemu_proto::response::{Response, ResponseBody};
 use qemu_proto::status::Status;
+use qemu_proto::vdi_summary::{SUMMARIES_MAX, SUMMARY_BYTES, VdiSummary};
 use serde_json::Value;
 use sheep_core::copy_policy::CopyPolicy;
 use sheep_core::placement::HOLDERS_MAX;
@@ -108,8 +109,8 @@ pub fn cluster_report(sheep: &mut Sheep) -> Result<Value, Failure> {
 /// Asks the cluster driver for something; gives its answer. A refusal comes with the driver's reason.
 pub fn administer(sheep: &mut Sheep, wish: &Value) -> Result<String, Failure> {
     let mut payload = wish.to_string().into_bytes();
-    assert!(payload.len() <= WISH_BYTES, "a wish is a word and an id");
-    payload.resize(WISH_BYTES, b' ');
+    // The answer may be as long as the wish.
+    payload.resize(payload.len().max(WISH_BYTES), b' ');
     let mut request = Request::plain(Opcode::ClusterAdmin);
     request.flags = RequestFlags::WRITE | RequestFlags::PIGGYBACK;
     request.data_length = payload.len() as u32;
@@ -124,6 +125,21 @@ pub fn administer(sheep: &mut Sheep, wish: &Value) -> Result<String, Failure> {
         (None, Some(reason)) => Err(Failure::failed(reason)),
         (None, None) => Err(Failure::system(format!("The sheep at {target} gave no answer that can be read"))),
     }
+}
+
+/// How fast clients may use volumes, by their names: those that are limited.
+pub fn volume_limits(sheep: &mut Sheep) -> Result<Value, Failure> {
+    limits(sheep, "volume-limits")
+}
+
+/// As `volume_limits`, with what the limits did at the sheep that is asked.
+pub fn limit_figures(sheep: &mut Sheep) -> Result<Value, Failure> {
+    limits(sheep, "limit-figures")
+}
+
+fn limits(sheep: &mut Sheep, wish: &str) -> Result<Value, Failure> {
+    let answer = administer(sheep, &serde_json::json!({"do": wish}))?;
+    serde_json::from_str(&answer).map_err(|error| Failure::system(format!("Limits that cannot be read: {error}")))
 }
 
 /// A set of VDI ids.
@@ -373,6 +389,20 @@ pub fn create_object(
     let mut request = object_request(Opcode::CreateAndWriteObj, oid, flags, source, offset);
     request.data_length = data.len() as u32;
     sheep.call(request, data).map(drop)
+}
+
+/// Makes a hole of an object of a working VDI.
+pub fn discard_object(sheep: &mut Sheep, oid: Oid) -> Result<(), Trouble> {
+    sheep.call(object_request(Opcode::DiscardObj, oid, RequestFlags::DIRECT, None, 0), &[]).map(drop)
+}
+
+/// What a list shows of VDIs from an id on, as many as the sheep tells at once; nothing after the last.
+pub fn describe_vdis(sheep: &mut Sheep, first: u32) -> Result<Vec<VdiSummary>, Trouble> {
+    let body = VdiRequest { base_vdi_id: first, ..VdiRequest::default() };
+    let mut request = Request::vdi(Opcode::DescribeVdis, RequestFlags::NONE, body);
+    request.data_length = (SUMMARIES_MAX * SUMMARY_BYTES) as u32;
+    let (_, answer) = sheep.call(request, &[])?;
+    Ok(VdiSummary::decode_all(&answer).collect())
 }
 
 /// Stands for the present epoch in [`locate`].

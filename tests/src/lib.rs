@@ -17,6 +17,7 @@
 //! | [`linear`] | whether one history explains such a record |
 //! | [`sim`] | a whole cluster on one thread: its disks, network, clocks and guests, from one seed |
 //! | [`golden`] | stored outputs |
+//! | [`schema`] | stored shapes of JSON |
 //! | [`source_scan`] | our own source text, for the tidy suite |
 
 pub mod capture;
@@ -30,6 +31,7 @@ pub mod loop_fs;
 pub mod namespaces;
 pub mod nbd_client;
 pub mod qemu;
+pub mod schema;
 pub mod sectors;
 pub mod sim;
 pub mod source_scan;

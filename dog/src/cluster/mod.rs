@@ -5,11 +5,13 @@ use crate::exit::Failure;
 use crate::meaning::Target;
 use crate::report::Report;
 
+mod alter_copy;
 mod check;
 mod format;
 pub mod info;
 mod key;
 mod recover;
+mod reweight;
 mod shutdown;
 mod token;
 
@@ -23,5 +25,7 @@ pub fn run(command: &Cluster, target: Target) -> Result<Report, Failure> {
         Cluster::Token => token::run(target),
         Cluster::Key(typed) => key::run(typed, target),
         Cluster::Recover(typed) => recover::run(typed, target),
+        Cluster::Reweight => reweight::run(target),
+        Cluster::AlterCopy(typed) => alter_copy::run(typed, target),
     }
 }

@@ -1,4 +1,4 @@
-//! `dog cluster recover force`
+//! `dog cluster recover force`, `enable` and `disable`
 
 use std::fmt::Write as _;
 
@@ -24,10 +24,9 @@ const QUESTION: &str = "Caution: the cluster goes on without the nodes that are 
 pub fn run(typed: &Recover, target: Target) -> Result<Report, Failure> {
     match typed.nested.as_deref() {
         Some("force") => {}
-        Some(word @ ("enable" | "disable")) => {
-            return Err(Failure::not_available(&format!("'dog cluster recover {word}'")));
-        }
-        other => return Err(Failure::nested(other, "force")),
+        Some(word @ "enable") => return hold(target, Opcode::EnableRecover, word),
+        Some(word @ "disable") => return hold(target, Opcode::DisableRecover, word),
+        other => return Err(Failure::nested(other, "force, enable or disable")),
     }
     let mut sheep = Sheep::connect(target)?;
     let report = requests::cluster_report(&mut sheep)?;
@@ -44,6 +43,12 @@ pub fn run(typed: &Recover, target: Target) -> Result<Report, Failure> {
         .call(request, &[])
         .map_err(|trouble| trouble.or(|reason| Failure::failed(format!("failed to execute request, {reason}"))))?;
     Ok(Report::silent())
+}
+
+fn hold(target: Target, opcode: Opcode, word: &str) -> Result<Report, Failure> {
+    let answered = Sheep::connect(target)?.call(Request::plain(opcode), &[]);
+    answered.map_err(|trouble| trouble.or(|reason| Failure::failed(format!("Response's result: {reason}"))))?;
+    Ok(Report::text(format!("Cluster recovery: {word}\n")))
 }
 
 /// Nodes that vote can be outvoted by those that are only out of sight: a yes is too easy for that.

@@ -198,7 +198,7 @@ fn clone(volume: &Volume, backing: Option<&Volume>, options: &CreateOptions) -> 
     };
     vdi::clone::run(&typed, volume.target).map_err(without_usage)?;
     if size_bytes > base_bytes {
-        let typed = args::Resize { vdi: volume.name(), size: Some(size_bytes.to_string()) };
+        let typed = args::Resize { force: false, vdi: volume.name(), size: Some(size_bytes.to_string()) };
         vdi::resize::run(&typed, volume.target)
             .map_err(|failure| without_usage(failure).then("The clone was made, but has the size of its snapshot"))?;
     }

@@ -29,12 +29,13 @@ pub fn run(words: &[OsString], default: Target) -> Result<Option<Report>, Failur
     let old_bytes = vdi::volume::open_header(&mut sheep, &volume.url.name, &Selector::CURRENT)?.size_bytes;
     drop(sheep);
     let size_bytes = new_size(&size, old_bytes)?;
-    if size_bytes < old_bytes {
+    let shrinks = size_bytes < old_bytes;
+    if shrinks && !words.has("shrink") {
         return Err(Failure::failed(format!(
-            "A VDI cannot be made smaller: it has {old_bytes} bytes; create a smaller one and copy what is needed"
+            "The VDI has {old_bytes} bytes: what is beyond {size_bytes} would be lost; use --shrink to do that"
         )));
     }
-    let typed = args::Resize { vdi: volume.name(), size: Some(size_bytes.to_string()) };
+    let typed = args::Resize { force: shrinks, vdi: volume.name(), size: Some(size_bytes.to_string()) };
     vdi::resize::run(&typed, volume.target).map_err(without_usage)?;
     Ok(Some(if words.has("quiet") { Report::silent() } else { Report::text("Image resized.\n") }))
 }

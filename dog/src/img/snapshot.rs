@@ -58,7 +58,7 @@ fn act(action: Known, volume: &Volume, tag: &OsStr) -> Result<(), Failure> {
                 reduce_identical_snapshots: false,
                 raw: false,
                 verbose: false,
-                vdi,
+                vdi: vec![vdi],
             };
             vdi::snapshot::run(&typed, volume.target)?;
         }

@@ -7,12 +7,16 @@ use crate::report::Report;
 
 mod admit;
 mod ban;
+mod format;
 pub mod info;
 mod kill;
 pub mod list;
 pub mod log;
+pub mod md;
 pub mod recovery;
 pub mod stat;
+mod throttle;
+mod vnodes;
 
 /// Runs a subcommand.
 pub fn run(command: &Node, target: Target) -> Result<Report, Failure> {
@@ -25,5 +29,8 @@ pub fn run(command: &Node, target: Target) -> Result<Report, Failure> {
         Node::Log(typed) => log::run(typed, target),
         Node::Admit(typed) => admit::run(typed, target),
         Node::Ban(typed) => ban::run(typed, target),
+        Node::Md(typed) => md::run(typed, target),
+        Node::Vnodes(typed) => vnodes::run(typed, target),
+        Node::Format(typed) => format::run(typed),
     }
 }

@@ -1,16 +1,24 @@
 //! `dog node recovery`
 
+use std::time::Duration;
+use std::{fmt, thread};
+
 use qemu_proto::opcode::Opcode;
 use qemu_proto::request::Request;
 use qemu_proto::stat::{RECOVERY_STAT_BYTES, RecoveryStat};
 
+use super::throttle;
 use crate::args;
 use crate::connect::Sheep;
 use crate::exit::{Exit, Failure};
 use crate::meaning::Target;
+use crate::progress::Progress;
 use crate::reach::Reach;
 use crate::report::{Form, Report};
 use crate::requests::{self, Node};
+
+/// Between looks at a node whose progress is drawn.
+const LOOK_AGAIN: Duration = Duration::from_millis(250);
 
 /// A node that is receiving copies.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -33,13 +41,12 @@ pub struct Recoveries(pub Vec<Recovering>);
 pub fn run(typed: &args::Recovery, target: Target) -> Result<Report, Failure> {
     match typed.nested.as_deref() {
         None | Some("info") => {}
-        Some(word @ ("set-throttle" | "get-throttle")) => {
-            return Err(Failure::not_available(&format!("'dog node recovery {word}'")));
-        }
-        other => return Err(Failure::nested(other, "info")),
+        Some("get-throttle") => return throttle::get(target),
+        Some("set-throttle") => return throttle::set(typed, target),
+        other => return Err(Failure::nested(other, "info, get-throttle or set-throttle")),
     }
     if typed.progress {
-        return Err(Failure::not_available("Drawing recovery progress (-P)"));
+        return watch(target);
     }
     let mut sheep = Sheep::connect(target)?;
     let list = requests::node_list(&mut sheep)?;
@@ -47,7 +54,7 @@ pub fn run(typed: &args::Recovery, target: Target) -> Result<Report, Failure> {
     let mut recoveries = Recoveries(Vec::new());
     let mut exit = Exit::Success;
     for (id, &node) in list.nodes.iter().enumerate() {
-        match stat(&node, reach.target(&node)) {
+        match stat(node, reach.target(&node)) {
             Ok(stat) if stat.in_recovery => {
                 recoveries.0.push(Recovering { id, node, done: stat.finished, total: stat.total });
             }
@@ -61,7 +68,32 @@ pub fn run(typed: &args::Recovery, target: Target) -> Result<Report, Failure> {
     Ok(Report::new(Form::of(typed.shape.raw, typed.shape.json), recoveries).exits(exit))
 }
 
-fn stat(node: &Node, target: Target) -> Result<RecoveryStat, Failure> {
+/// Draws how far the node that is asked has come, until it has finished.
+fn watch(target: Target) -> Result<Report, Failure> {
+    let mut progress: Option<Progress> = None;
+    let (mut total, mut done) = (0, 0);
+    loop {
+        let stat = stat(target, target)?;
+        if !stat.in_recovery {
+            if let Some(progress) = &mut progress {
+                progress.advance(total - done);
+            }
+            return Ok(Report::silent());
+        }
+        // Another change of members begins another run.
+        if progress.is_none() || stat.total != total || stat.finished < done {
+            (total, done) = (stat.total, 0);
+            progress = Some(Progress::of_objects(total));
+        }
+        if let Some(progress) = &mut progress {
+            progress.advance(stat.finished.min(total) - done);
+        }
+        done = stat.finished.min(total);
+        thread::sleep(LOOK_AGAIN);
+    }
+}
+
+fn stat(node: impl fmt::Display, target: Target) -> Result<RecoveryStat, Failure> {
     let mut request = Request::plain(Opcode::StatRecovery);
     request.data_length = RECOVERY_STAT_BYTES as u32;
     let (_, answer) = Sheep::connect(target)?

@@ -9,13 +9,17 @@ use std::time::Duration;
 use qemu_proto::opcode::Opcode;
 use qemu_proto::request::Request;
 use qemu_proto::stat::{Counters, STAT_BYTES};
+use serde_json::Value;
 
 use crate::args;
 use crate::connect::Sheep;
 use crate::exit::{Exit, Failure};
 use crate::meaning::Target;
 use crate::report::{Form, Report, Show, Style};
+use crate::requests;
 
+/// What the table begins with; the rates of `-w` follow it.
+pub const HEADER: &str = "Request\tActive\tTotal\tWrite\tRead\tRemove\tFlush\tAll WR\tAll RD";
 /// Between two looks of `-w`.
 const INTERVAL: Duration = Duration::from_secs(1);
 
@@ -60,13 +64,32 @@ pub struct Row {
     pub rates: Option<Rates>,
 }
 
+/// What a volume's limits did at a node since they were set.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub struct Limited {
+    /// The volume.
+    pub name: String,
+    /// 0 for no limit.
+    pub operations_per_second: u64,
+    /// 0 for no limit.
+    pub bytes_per_second: u64,
+    /// Seconds' worth that may be used at once.
+    pub burst_seconds: u64,
+    /// Requests that had to wait, or do.
+    pub delayed: u64,
+    /// Requests that wait now.
+    pub waiting: u64,
+}
+
 /// What a node was asked.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
 pub struct Stat {
     /// By clients.
     pub client: Row,
     /// By other nodes.
     pub peer: Row,
+    /// Volumes with limits, by name.
+    pub limits: Vec<Limited>,
 }
 
 /// Runs the command.
@@ -77,7 +100,8 @@ pub fn run(typed: &args::Stat, target: Target) -> Result<Report, Failure> {
         watch(&mut sheep, form, &mut io::stdout().lock(), || thread::sleep(INTERVAL))?;
         return Ok(Report::silent());
     }
-    Ok(Report::new(form, look(&mut sheep)?))
+    let header = if form == Form::Table { format!("{HEADER}\n") } else { String::new() };
+    Ok(Report::new(form, look(&mut sheep).map_err(|failure| Failure { out: header, ..failure })?))
 }
 
 /// Prints until nobody reads any more.
@@ -110,7 +134,25 @@ fn look(sheep: &mut Sheep) -> Result<Stat, Failure> {
         .call(request, &[])
         .map_err(|trouble| trouble.or(|reason| Failure::failed(format!("Response's result: {reason}"))))?;
     let text = || format!("{} answered {} bytes about what it was asked", sheep.target(), answer.len());
-    Ok(Stat::from(Counters::decode(&answer).ok_or_else(|| Failure::new(Exit::System, text()))?))
+    let stat = Stat::from(Counters::decode(&answer).ok_or_else(|| Failure::new(Exit::System, text()))?);
+    // An older sheep knows of none, and one that is not formatted has none.
+    let limits = requests::limit_figures(sheep).unwrap_or_default();
+    Ok(Stat { limits: limited(&limits), ..stat })
+}
+
+fn limited(limits: &Value) -> Vec<Limited> {
+    let each = limits.as_object().into_iter().flatten().map(|(name, limits)| {
+        let number = |field: &str| limits.get(field).and_then(Value::as_u64).unwrap_or(0);
+        Limited {
+            name: name.clone(),
+            operations_per_second: number("operations_per_second"),
+            bytes_per_second: number("bytes_per_second"),
+            burst_seconds: number("burst_seconds"),
+            delayed: number("delayed"),
+            waiting: number("waiting"),
+        }
+    });
+    each.collect()
 }
 
 impl From<Counters> for Stat {
@@ -137,7 +179,7 @@ impl From<Counters> for Stat {
             flushes: 0,
         };
         let row = |figures| Row { figures, rates: None };
-        Stat { client: row(client), peer: row(peer) }
+        Stat { client: row(client), peer: row(peer), limits: Vec::new() }
     }
 }
 
@@ -153,7 +195,8 @@ impl Stat {
             };
             Row { figures: now, rates: Some(rates) }
         };
-        Stat { client: row(&self.client, &before.client), peer: row(&self.peer, &before.peer) }
+        let (client, peer) = (row(&self.client, &before.client), row(&self.peer, &before.peer));
+        Stat { client, peer, limits: self.limits.clone() }
     }
 }
 

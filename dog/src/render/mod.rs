@@ -2,10 +2,12 @@
 
 mod attach;
 mod cluster;
+mod dump;
 mod graph;
 mod image;
 mod lock_list;
 mod log;
+mod md;
 pub mod node;
 mod object;
 mod stat;

@@ -1,7 +1,10 @@
 //! The texts of `dog vdi object`.
 
+use serde_json::{Value, json};
+
 use super::text::put;
 use crate::report::{Show, Style};
+use crate::requests::Node;
 use crate::vdi::object::{Location, ObjectMap};
 
 impl Show for Location {
@@ -27,6 +30,16 @@ impl Show for Location {
         }
         out.push(b'\n');
     }
+
+    fn json(&self) -> Option<Value> {
+        let names = |nodes: &[Node]| nodes.iter().map(ToString::to_string).collect::<Vec<_>>();
+        let have: Vec<String> = self.nodes.iter().filter(|(_, has)| *has).map(|(node, _)| node.to_string()).collect();
+        Some(json!({
+            "vdi_id": self.vdi.to_string(), "object_id": self.oid.to_string(),
+            "index": self.data.as_ref().map(|(index, _)| index), "node_count": self.node_count, "have_it": have,
+            "should_have_it": names(&self.holders),
+        }))
+    }
 }
 
 impl Show for ObjectMap {
@@ -36,12 +49,15 @@ impl Show for ObjectMap {
             put(out, format_args!("{index:08} {:>8}\n", vdi.to_string()));
         }
     }
+
+    fn json(&self) -> Option<Value> {
+        Some(self.0.iter().map(|(index, vdi)| json!({"index": index, "vdi_id": vdi.to_string()})).collect())
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::requests::Node;
     use jiff::tz::TimeZone;
     use qemu_proto::oid::{Oid, VdiId};
     use std::net::Ipv4Addr;

@@ -4,17 +4,35 @@ use serde_json::{Value, json};
 use sheep_core::units::HumanSize;
 
 use super::text::put;
-use crate::node::stat::{Row, Stat};
+use crate::node::stat::{HEADER, Limited, Row, Stat};
 use crate::report::{Show, Style};
 
 impl Show for Stat {
     fn table(&self, _: &Style, out: &mut Vec<u8>) {
         let is_watched = self.client.rates.is_some();
         let rates = if is_watched { "\tWRBW\tRDBW\tRPS" } else { "" };
-        put(out, format_args!("Request\tActive\tTotal\tWrite\tRead\tRemove\tFlush\tAll WR\tAll RD{rates}\n"));
+        put(out, format_args!("{HEADER}{rates}\n"));
         for (name, row) in [("Client", &self.client), ("Peer", &self.peer)] {
             put(out, format_args!("{name}\t"));
             put_row(row, |bytes| HumanSize(bytes).to_string(), out);
+        }
+        if !self.limits.is_empty() {
+            put(out, format_args!("\nLimited\tOps/s\tBytes/s\tBurst\tDelayed\tWaiting\n"));
+        }
+        for limited in &self.limits {
+            let limit = |value: u64, shown: String| if value == 0 { "-".to_owned() } else { shown };
+            put(
+                out,
+                format_args!(
+                    "{}\t{}\t{}\t{} s\t{}\t{}\n",
+                    limited.name,
+                    limit(limited.operations_per_second, limited.operations_per_second.to_string()),
+                    limit(limited.bytes_per_second, HumanSize(limited.bytes_per_second).to_string()),
+                    limited.burst_seconds,
+                    limited.delayed,
+                    limited.waiting
+                ),
+            );
         }
     }
 
@@ -25,7 +43,8 @@ impl Show for Stat {
     }
 
     fn json(&self) -> Option<Value> {
-        Some(json!({"client": row_json(&self.client), "peer": row_json(&self.peer)}))
+        let limits: Vec<Value> = self.limits.iter().map(limited_json).collect();
+        Some(json!({"client": row_json(&self.client), "peer": row_json(&self.peer), "limits": limits}))
     }
 }
 
@@ -38,6 +57,17 @@ fn put_row(row: &Row, size: impl Fn(u64) -> String, out: &mut Vec<u8>) {
         cells.extend([size(rates.written_bytes), size(rates.read_bytes), rates.requests.to_string()]);
     }
     put(out, format_args!("{}\n", cells.join("\t")));
+}
+
+fn limited_json(limited: &Limited) -> Value {
+    json!({
+        "name": limited.name,
+        "operations_per_second": limited.operations_per_second,
+        "bytes_per_second": limited.bytes_per_second,
+        "burst_seconds": limited.burst_seconds,
+        "delayed": limited.delayed,
+        "waiting": limited.waiting,
+    })
 }
 
 fn row_json(row: &Row) -> Value {
@@ -77,10 +107,10 @@ mod tests {
             written_bytes: 12 << 20,
             read_bytes: 1 << 30,
         };
-        Stat { client: Row { figures, rates }, peer: Row { figures: Figures::default(), rates } }
+        Stat { client: Row { figures, rates }, peer: Row { figures: Figures::default(), rates }, limits: Vec::new() }
     }
 
-    fn both(stat: Stat) -> (String, String) {
+    fn both(stat: &Stat) -> (String, String) {
         let style = Style { zone: TimeZone::UTC, is_terminal: false };
         let (mut table, mut raw) = (Vec::new(), Vec::new());
         stat.table(&style, &mut table);
@@ -90,7 +120,7 @@ mod tests {
 
     #[test]
     fn writes_are_below_write_and_reads_below_read() {
-        let (table, raw) = both(stat(None));
+        let (table, raw) = both(&stat(None));
         assert_eq!(
             table,
             "Request\tActive\tTotal\tWrite\tRead\tRemove\tFlush\tAll WR\tAll RD\n\
@@ -101,9 +131,20 @@ mod tests {
     }
 
     #[test]
+    fn volumes_with_limits_follow_in_a_table_of_their_own() {
+        let limited = Limited { name: "disk".into(), operations_per_second: 500, delayed: 7, ..Limited::default() };
+        let limits = vec![limited.clone(), Limited { bytes_per_second: 50 << 20, operations_per_second: 0, ..limited }];
+        let (table, raw) = both(&Stat { limits, ..stat(None) });
+        let (_, second) = table.split_once("\n\n").expect("two tables");
+        let rows = "disk\t500\t-\t0 s\t7\t0\ndisk\t-\t50 MB\t0 s\t7\t0\n";
+        assert_eq!(second, format!("Limited\tOps/s\tBytes/s\tBurst\tDelayed\tWaiting\n{rows}"));
+        assert_eq!(raw.lines().count(), 2, "as scripts know it");
+    }
+
+    #[test]
     fn watched_it_has_rates() {
         let rates = Rates { written_bytes: 1 << 20, read_bytes: 0, requests: 9 };
-        let (table, raw) = both(stat(Some(rates)));
+        let (table, raw) = both(&stat(Some(rates)));
         assert!(table.starts_with("Request\t") && table.contains("\tAll RD\tWRBW\tRDBW\tRPS\n"), "{table}");
         assert!(table.contains("\t1.0 GB\t1.0 MB\t0.0 MB\t9\n"), "{table}");
         assert!(raw.starts_with("1\t10\t4\t3\t2\t1\t12582912\t1073741824\t1048576\t0\t9\n"), "{raw}");

@@ -3,7 +3,13 @@
 //! Each node is printed where its parent ends. All but the first of several children begin a line of their own, under the
 //! place where the first one branched off. No recursion: a volume may have more snapshots than the stack has room for.
 
+use std::collections::BTreeMap;
+
+use qemu_proto::oid::VdiId;
+use serde_json::{Value, json};
+
 use super::text::{MINUTES, local_time};
+use crate::meaning::shown;
 use crate::report::{Show, Style};
 use crate::vdi::tree::{Tree, TreeNode};
 
@@ -39,6 +45,18 @@ impl Show for Tree {
             }
         }
     }
+
+    fn json(&self) -> Option<Value> {
+        let parents = self.nodes.iter().flat_map(|node| node.children.iter().map(|child| (*child, node.vdi)));
+        let parents: BTreeMap<usize, VdiId> = parents.collect();
+        let row = |(at, node): (usize, &TreeNode)| {
+            json!({
+                "name": shown(&node.name), "vdi_id": node.vdi.to_string(), "tag": shown(&node.tag),
+                "snapshot_taken": node.snapshot_taken, "parent_vdi_id": parents.get(&at).map(ToString::to_string),
+            })
+        };
+        Some(self.nodes.iter().enumerate().map(row).collect())
+    }
 }
 
 /// Prints a node and tells how many columns it took.
@@ -72,7 +90,13 @@ mod tests {
     use jiff::tz::TimeZone;
 
     fn node(snapshot_taken: Option<i64>, children: &[usize]) -> TreeNode {
-        TreeNode { name: b"test".to_vec(), snapshot_taken, children: children.to_vec() }
+        TreeNode {
+            name: b"test".to_vec(),
+            vdi: VdiId::from_low_bits(1),
+            tag: Vec::new(),
+            snapshot_taken,
+            children: children.to_vec(),
+        }
     }
 
     fn drawn(nodes: Vec<TreeNode>, is_terminal: bool) -> String {

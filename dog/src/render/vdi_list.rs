@@ -6,10 +6,7 @@ use sheep_core::units::HumanSize;
 use super::text::{MINUTES, local_time, put, put_left, put_right};
 use crate::meaning::shown;
 use crate::report::{Show, Style};
-use crate::vdi::list::{Kind, Row, VdiList};
-
-const HEADER: &str =
-    "  Name        Id    Size    Used  Shared    Creation time   VDI id  Copies  Tag   Block Size Shift\n";
+use crate::vdi::list::{HEADER, Kind, Row, VdiList};
 
 impl Show for VdiList {
     fn table(&self, style: &Style, out: &mut Vec<u8>) {
@@ -78,7 +75,7 @@ fn row_json(row: &Row) -> Value {
         Kind::Clone => "clone",
         Kind::Snapshot => "snapshot",
     };
-    json!({
+    let mut json = json!({
         "kind": kind,
         "name": shown(&row.name),
         "snapshot_id": row.snapshot_id,
@@ -90,7 +87,11 @@ fn row_json(row: &Row) -> Value {
         "copies": row.copies,
         "tag": shown(&row.tag),
         "block_size_shift": row.shift,
-    })
+    });
+    if let Some(limits) = &row.limits {
+        json["limits"] = limits.clone();
+    }
+    json
 }
 
 #[cfg(test)]
@@ -112,6 +113,7 @@ mod tests {
             copies: "3".to_owned(),
             tag: Vec::new(),
             shift: 22,
+            limits: None,
         };
         let snapshot = Row {
             kind: Kind::Snapshot,

@@ -4,9 +4,10 @@ use qemu_proto::oid::VdiId;
 use sheep_core::vdi_name::Run;
 
 use super::volume::{Volume, read_header_if_any, read_map};
-use crate::connect::Sheep;
+use crate::connect::{Sheep, Trouble};
 use crate::exit::{Exit, Failure};
-use crate::requests;
+use crate::meaning::Selector;
+use crate::requests::{self, VdiSet};
 
 /// What could be read, and what could not.
 #[derive(Debug, Default)]
@@ -31,9 +32,9 @@ pub fn read(sheep: &mut Sheep, name: Option<&[u8]>, depth: Depth) -> Result<Cata
     let in_use = requests::vdis_in_use(sheep)?;
     let deleted = requests::vdis_deleted(sheep)?;
     let mut vdis: Vec<VdiId> = match name {
-        // All VDIs of a name are in the run of ids that begins at its hash.
-        Some(name) => Run::of(name, |vdi| in_use.contains(vdi)).collect(),
-        None => in_use.iter().collect(),
+        // All VDIs of a name are in the run of ids that begins at its hash, unless it was given to them later.
+        Some(name) if !is_elsewhere(sheep, name, &in_use)? => Run::of(name, |vdi| in_use.contains(vdi)).collect(),
+        Some(_) | None => in_use.iter().collect(),
     };
     vdis.retain(|&vdi| !deleted.contains(vdi));
     vdis.sort_unstable();
@@ -47,6 +48,18 @@ pub fn read(sheep: &mut Sheep, name: Option<&[u8]>, depth: Depth) -> Result<Cata
         }
     }
     Ok(catalog)
+}
+
+/// Whether a VDI of this name is not where the name says, because it was renamed: it or its first snapshot would be there.
+fn is_elsewhere(sheep: &mut Sheep, name: &[u8], in_use: &VdiSet) -> Result<bool, Failure> {
+    for selector in [Selector::CURRENT, Selector { tag: Vec::new(), id: 1 }] {
+        match requests::look_up(sheep, name, &selector) {
+            Ok(found) if !Run::of(name, |vdi| in_use.contains(vdi)).any(|vdi| vdi == found) => return Ok(true),
+            Ok(_) | Err(Trouble::Refused(_)) => {}
+            Err(Trouble::Lost(failure)) => return Err(failure),
+        }
+    }
+    Ok(false)
 }
 
 /// `None` for a VDI that was deleted meanwhile, or has another name.

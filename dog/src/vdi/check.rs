@@ -10,8 +10,8 @@ use qemu_proto::opcode::Opcode;
 use qemu_proto::response::ResponseBody;
 use qemu_proto::status::Status;
 
-use super::lanes;
 use super::volume::Volume;
+use super::{exist, lanes};
 use crate::args;
 use crate::connect::{Sheep, Trouble};
 use crate::exit::{Exit, Failure};
@@ -34,7 +34,7 @@ pub fn run(typed: &args::Check, target: Target) -> Result<Report, Failure> {
     let name = meaning::vdi_name(&typed.vdi)?;
     let selector = Selector::of(typed.snapshot.word.as_deref())?;
     if typed.exist {
-        return Err(Failure::not_available("Only reporting missing objects (-e)"));
+        return exist::run(target, name, &selector);
     }
     let volume = Volume::open(&mut Sheep::connect(target)?, name, &selector)?;
     let mut out = String::new();
@@ -56,7 +56,7 @@ pub fn check(
         .chain(volume.objects().map(|(_, oid)| oid))
         .chain((0..vmstate_count).map(|index| Oid::vmstate(header.vdi, index)))
         .filter(move |oid| wanted(*oid));
-    let mut progress = Progress::new(oids.clone().count() as u64);
+    let mut progress = Progress::of_objects(oids.clone().count() as u64);
     let mut exit = Exit::Success;
     lanes::in_order(target, &oids, check_one, |(oid, finding)| {
         progress.advance(1);

@@ -41,7 +41,8 @@ pub fn run(typed: &args::Create, target: Target) -> Result<Report, Failure> {
         trouble.or(|reason| Failure::failed(format!("Failed to create VDI {}: {reason}", shown(name))))
     })?;
     if typed.prealloc {
-        preallocate(target, vdi, size_bytes, shift)?;
+        let count = u32::try_from(size_bytes.div_ceil(1 << shift)).expect("the size was checked");
+        preallocate(target, vdi, &(0..count), shift)?;
     }
     Ok(match (typed.verbose, typed.raw) {
         (true, true) => Report::text(format!("{vdi}\n")),
@@ -76,17 +77,21 @@ pub fn check_size(size_bytes: u64, shift: u8) -> Result<(), Failure> {
     Err(Failure::new(Exit::Usage, text))
 }
 
-/// Makes every object, filled with zeros.
-fn preallocate(target: Target, vdi: VdiId, size_bytes: u64, shift: u8) -> Result<(), Failure> {
-    let count = u32::try_from(size_bytes.div_ceil(1 << shift)).expect("the size was checked");
-    let mut progress = Progress::new(size_bytes);
+/// Makes objects that are holes, filled with zeros.
+pub fn preallocate(
+    target: Target,
+    vdi: VdiId,
+    indexes: &(impl Iterator<Item = u32> + Clone + Send),
+    shift: u8,
+) -> Result<(), Failure> {
+    let mut progress = Progress::new((indexes.clone().count() as u64) << shift);
     let allocate = |sheep: &mut Sheep, index: u32| {
         let oid = Oid::data(vdi, index);
         requests::create_object(sheep, oid, None, 0, &[]).map_err(|trouble| volume::not_written(oid, trouble))?;
         let entered = requests::write_map_entry(sheep, vdi, index);
         entered.map_err(|trouble| volume::not_written(Oid::inode(vdi), trouble))
     };
-    let done = lanes::in_order(target, &(0..count), allocate, |()| {
+    let done = lanes::in_order(target, indexes, allocate, |()| {
         progress.advance(1 << shift);
         Ok(())
     });

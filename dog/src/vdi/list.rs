@@ -3,12 +3,17 @@
 use qemu_proto::oid::{ObjectKind, Oid, VdiId};
 
 use super::catalog::{self, Depth};
-use super::volume::Volume;
+use super::volume::{self, Volume};
 use crate::args;
-use crate::connect::Sheep;
+use crate::connect::{Sheep, Trouble};
 use crate::exit::{Exit, Failure};
 use crate::meaning::{self, Target};
 use crate::report::{Form, Report};
+use crate::requests::{self, Header};
+
+/// What the table begins with.
+pub const HEADER: &str =
+    "  Name        Id    Size    Used  Shared    Creation time   VDI id  Copies  Tag   Block Size Shift\n";
 
 /// What a line of the list is about.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -46,27 +51,83 @@ pub struct Row {
     pub tag: Vec<u8>,
     /// log2 of the object size.
     pub shift: u8,
+    /// How fast clients may use it, if that is limited.
+    pub limits: Option<serde_json::Value>,
 }
 
 /// The list.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct VdiList(pub Vec<Row>);
 
+/// With what could not be read.
+type Listed = (VdiList, Vec<Failure>);
+
 /// Runs the command.
 pub fn run(typed: &args::List, target: Target) -> Result<Report, Failure> {
-    let wanted = typed.oid.as_deref().map(data_oid).transpose()?;
+    let header = || if typed.raw || typed.json { String::new() } else { HEADER.to_owned() };
+    let wanted = typed.oid.as_deref().map(data_oid).transpose();
+    let wanted = wanted.map_err(|failure| Failure { out: header(), ..failure })?;
     let name = typed.vdi.as_deref().map(std::os::unix::ffi::OsStrExt::as_bytes);
     let mut sheep = Sheep::connect(target)?;
-    let mut catalog = catalog::read(&mut sheep, name, Depth::Maps)?;
-    for failure in &catalog.failures {
+    // One of many VDIs is found by its name, and an object in a map.
+    let all = if name.is_none() && wanted.is_none() { all_at_once(&mut sheep)? } else { None };
+    let (mut list, failures) = match all {
+        Some(all) => all,
+        None => one_by_one(&mut sheep, name, wanted)?,
+    };
+    for failure in &failures {
         eprintln!("{failure}");
     }
+    if typed.json {
+        // An older sheep knows of none.
+        let limits = requests::volume_limits(&mut sheep).unwrap_or_default();
+        for row in list.0.iter_mut().filter(|row| row.kind != Kind::Snapshot) {
+            row.limits = limits.get(&*meaning::shown(&row.name)).cloned();
+        }
+    }
+    let exit = if failures.is_empty() { Exit::Success } else { Exit::Failure };
+    Ok(Report::new(Form::of(typed.raw, typed.json), list).exits(exit))
+}
+
+fn one_by_one(sheep: &mut Sheep, name: Option<&[u8]>, wanted: Option<Oid>) -> Result<Listed, Failure> {
+    let mut catalog = catalog::read(sheep, name, Depth::Maps)?;
     if let Some(oid) = wanted {
         catalog.volumes.retain(|volume| volume.object(oid.index()) == Some(oid));
     }
-    let list = VdiList(catalog.volumes.iter().map(row).collect());
-    let exit = if catalog.failures.is_empty() { Exit::Success } else { Exit::Failure };
-    Ok(Report::new(Form::of(typed.raw, typed.json), list).exits(exit))
+    Ok((VdiList(catalog.volumes.iter().map(row).collect()), catalog.failures))
+}
+
+/// Everything, in as few questions as it takes; `None` from a sheep that does not answer them.
+fn all_at_once(sheep: &mut Sheep) -> Result<Option<Listed>, Failure> {
+    let (mut rows, mut failures) = (Vec::new(), Vec::new());
+    let mut first = 0;
+    loop {
+        let some = match requests::describe_vdis(sheep, first) {
+            Ok(some) => some,
+            Err(Trouble::Refused(_)) => return Ok(None),
+            Err(Trouble::Lost(failure)) => return Err(failure),
+        };
+        let Some(last) = some.last() else { return Ok(Some((VdiList(rows), failures))) };
+        // Not again what was told, whatever the sheep says.
+        first = last.header.vdi_id.saturating_add(1).max(first + 1);
+        for summary in some {
+            let header = Header::from(summary.header);
+            if !(20..=31).contains(&header.shift) {
+                failures
+                    .push(Failure::failed(format!("VDI {} is listed with objects of 2^{}", header.vdi, header.shift)));
+                continue;
+            }
+            match summary.objects {
+                Some((own, shared)) => rows.push(counted(&header, u64::from(own), u64::from(shared))),
+                // Asked for alone it is read, or says why not.
+                None => match volume::read_map(sheep, &header) {
+                    Ok(map) => rows.push(row(&Volume { header, map })),
+                    Err(failure) if failure.exit == Exit::System => return Err(failure),
+                    Err(failure) => failures.push(failure),
+                },
+            }
+        }
+    }
 }
 
 fn data_oid(word: &str) -> Result<Oid, Failure> {
@@ -79,7 +140,12 @@ fn data_oid(word: &str) -> Result<Oid, Failure> {
 }
 
 fn row(volume: &Volume) -> Row {
-    let header = &volume.header;
+    let allocated = volume.objects().count() as u64;
+    let own = volume.map.iter().filter(|&&owner| owner == volume.header.vdi.get()).count() as u64;
+    counted(&volume.header, own, allocated - own)
+}
+
+fn counted(header: &Header, own: u64, shared: u64) -> Row {
     let kind = if header.is_snapshot() {
         Kind::Snapshot
     } else if header.snapshot_id == 1 && header.parent.is_some() {
@@ -87,27 +153,25 @@ fn row(volume: &Volume) -> Row {
     } else {
         Kind::Working
     };
-    let allocated = volume.objects().count() as u64;
-    let own = volume.map.iter().filter(|&&owner| owner == header.vdi.get()).count() as u64;
     Row {
         kind,
         name: header.name.clone(),
         snapshot_id: if kind == Kind::Snapshot { header.snapshot_id } else { 0 },
         size_bytes: header.size_bytes,
         used_bytes: own << header.shift,
-        shared_bytes: (allocated - own) << header.shift,
+        shared_bytes: shared << header.shift,
         created: meaning::seconds(header.create_time),
         vdi: header.vdi,
         copies: header.redundancy(),
         tag: if kind == Kind::Snapshot { header.tag.clone() } else { Vec::new() },
         shift: header.shift,
+        limits: None,
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::requests::Header;
 
     #[test]
     fn objects_count_as_used_by_their_owner_only() {

@@ -5,13 +5,18 @@ use crate::exit::Failure;
 use crate::meaning::Target;
 use crate::report::Report;
 
+pub mod alter_copy;
 pub mod attach;
 mod backup;
 pub mod catalog;
 pub mod check;
 pub mod clone;
+mod copying;
 pub mod create;
 pub mod delete;
+pub mod dump;
+mod exist;
+mod flatten;
 mod getattr;
 pub mod graph;
 mod increment;
@@ -20,7 +25,9 @@ pub mod list;
 pub mod lock;
 pub mod object;
 mod pieces;
+mod qos;
 mod read;
+mod rename;
 pub mod resize;
 mod restore;
 pub mod rollback;
@@ -41,7 +48,7 @@ pub fn run(command: &Vdi, target: Target) -> Result<Report, Failure> {
         Vdi::Delete(typed) => delete::run(typed, target),
         Vdi::Rollback(typed) => rollback::run(typed, target),
         Vdi::List(typed) => list::run(typed, target),
-        Vdi::Tree => tree::run(target),
+        Vdi::Tree(typed) => tree::run(typed, target),
         Vdi::Graph => graph::run(target),
         Vdi::Object(typed) => object::run(typed, target),
         Vdi::Track(typed) => track::run(typed, target),
@@ -54,5 +61,9 @@ pub fn run(command: &Vdi, target: Target) -> Result<Report, Failure> {
         Vdi::Backup(typed) => backup::run(typed, target),
         Vdi::Restore(typed) => restore::run(typed, target),
         Vdi::Attach(typed) => attach::run(typed, target),
+        Vdi::AlterCopy(typed) => alter_copy::run(typed, target),
+        Vdi::Rename(typed) => rename::run(typed, target),
+        Vdi::Flatten(typed) => flatten::run(typed, target),
+        Vdi::Qos(typed) => qos::run(typed, target),
     }
 }

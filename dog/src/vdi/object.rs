@@ -1,10 +1,11 @@
-//! `dog vdi object location` and `dog vdi object map`
+//! `dog vdi object location`, `map` and `dump-inode`
 
 use qemu_proto::flags::RequestFlags;
 use qemu_proto::oid::{Oid, VdiId};
 use qemu_proto::opcode::Opcode;
 use qemu_proto::status::Status;
 
+use super::dump::Dump;
 use super::volume::{self, Volume};
 use crate::args;
 use crate::connect::{Sheep, Trouble};
@@ -42,22 +43,26 @@ pub fn run(typed: &args::Object, target: Target) -> Result<Report, Failure> {
         None => Err(Failure::usage("Please specify the name of the VDI")),
     };
     let selector = Selector::of(typed.snapshot.word.as_deref())?;
+    let form = Form::of(false, typed.json);
     match typed.nested.as_deref() {
         Some("map") => {
             let volume = Volume::open(&mut Sheep::connect(target)?, &name(typed)?, &selector)?;
             let map = volume.objects().map(|(index, oid)| (index, oid.vid())).collect();
-            Ok(Report::new(Form::Table, ObjectMap(map)))
+            Ok(Report::new(form, ObjectMap(map)))
         }
         Some("location") => {
             let index = typed.index.as_deref().map(meaning::object_index).transpose()?;
-            locate(target, &name(typed)?, &selector, index)
+            locate(target, &name(typed)?, &selector, index, form)
         }
-        Some("dump-inode") => Err(Failure::not_available("'dog vdi object dump-inode'")),
-        other => Err(Failure::nested(other, "location or map")),
+        Some("dump-inode") => {
+            let volume = Volume::open(&mut Sheep::connect(target)?, &name(typed)?, &selector)?;
+            Ok(Report::new(form, Dump(volume)))
+        }
+        other => Err(Failure::nested(other, "location, map or dump-inode")),
     }
 }
 
-fn locate(target: Target, name: &[u8], selector: &Selector, index: Option<u32>) -> Result<Report, Failure> {
+fn locate(target: Target, name: &[u8], selector: &Selector, index: Option<u32>, form: Form) -> Result<Report, Failure> {
     let mut sheep = Sheep::connect(target)?;
     let nodes = requests::node_list(&mut sheep)?.nodes;
     let reach = Reach::from(&mut sheep)?;
@@ -89,7 +94,7 @@ fn locate(target: Target, name: &[u8], selector: &Selector, index: Option<u32>) 
             }
         }
     }
-    Ok(Report::new(Form::Table, location).exits(exit))
+    Ok(Report::new(form, location).exits(exit))
 }
 
 fn has_object(node: Node, target: Target, oid: Oid) -> Result<bool, Failure> {

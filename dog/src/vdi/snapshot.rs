@@ -18,7 +18,7 @@ use crate::requests::{self, NewVdi};
 
 /// Runs the command.
 pub fn run(typed: &args::Snapshot, target: Target) -> Result<Report, Failure> {
-    let name = meaning::vdi_name(&typed.vdi)?;
+    let names = typed.vdi.iter().map(|word| meaning::vdi_name(word)).collect::<Result<Vec<_>, _>>()?;
     let tag = match typed.tag.as_deref() {
         Some(word) if meaning::is_number(word) => {
             return Err(Failure::usage("Please specify a non-integer value for a snapshot tag name"));
@@ -27,6 +27,7 @@ pub fn run(typed: &args::Snapshot, target: Target) -> Result<Report, Failure> {
         None => Vec::new(),
     };
     let mut sheep = Sheep::connect(target)?;
+    let [name] = names[..] else { return together(&mut sheep, typed, &names, &tag) };
     let not_made = |reason: &dyn std::fmt::Display| {
         Failure::failed(format!("Failed to create snapshot for {}: {reason}", shown(name)))
     };
@@ -67,6 +68,18 @@ pub fn run(typed: &args::Snapshot, target: Target) -> Result<Report, Failure> {
         }
         (false, _) => Report::silent(),
     })
+}
+
+/// Snapshots of several volumes, of one moment.
+fn together(sheep: &mut Sheep, typed: &args::Snapshot, names: &[&[u8]], tag: &[u8]) -> Result<Report, Failure> {
+    if typed.reduce_identical_snapshots {
+        return Err(Failure::usage("-R works with one VDI only: the snapshots of a group belong together"));
+    }
+    let names = names.iter().map(|name| meaning::as_text(name)).collect::<Result<Vec<_>, _>>()?;
+    let wish = serde_json::json!({"do": "snapshot-together", "names": names, "tag": meaning::as_text(tag)?});
+    requests::administer(sheep, &wish)
+        .map_err(|failure| failure.about(&format!("Failed to create snapshots for {}", names.join(", "))))?;
+    Ok(Report::silent())
 }
 
 /// Fails if the name has a snapshot with this tag.

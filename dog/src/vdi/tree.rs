@@ -5,7 +5,10 @@
 
 use std::collections::BTreeMap;
 
+use qemu_proto::oid::VdiId;
+
 use super::catalog::{self, Depth};
+use crate::args;
 use crate::connect::Sheep;
 use crate::exit::{Exit, Failure};
 use crate::meaning::{self, Target};
@@ -17,6 +20,10 @@ use crate::requests::Header;
 pub struct TreeNode {
     /// Shown at the root only.
     pub name: Vec<u8>,
+    /// Its id.
+    pub vdi: VdiId,
+    /// Its tag.
+    pub tag: Vec<u8>,
     /// When the snapshot was taken, in Unix seconds; `None` for the working VDI.
     pub snapshot_taken: Option<i64>,
     /// Positions in [`Tree::nodes`].
@@ -33,7 +40,7 @@ pub struct Tree {
 }
 
 /// Runs the command.
-pub fn run(target: Target) -> Result<Report, Failure> {
+pub fn run(typed: &args::Tree, target: Target) -> Result<Report, Failure> {
     let mut sheep = Sheep::connect(target)?;
     let catalog = catalog::read(&mut sheep, None, Depth::Headers)?;
     for failure in &catalog.failures {
@@ -41,7 +48,7 @@ pub fn run(target: Target) -> Result<Report, Failure> {
     }
     let headers: Vec<&Header> = catalog.volumes.iter().map(|volume| &volume.header).collect();
     let exit = if catalog.failures.is_empty() { Exit::Success } else { Exit::Failure };
-    Ok(Report::new(Form::Table, tree(&headers)).exits(exit))
+    Ok(Report::new(Form::of(false, typed.json), tree(&headers)).exits(exit))
 }
 
 fn tree(headers: &[&Header]) -> Tree {
@@ -49,7 +56,13 @@ fn tree(headers: &[&Header]) -> Tree {
     let mut tree = Tree::default();
     for header in headers {
         let snapshot_taken = header.is_snapshot().then(|| meaning::seconds(header.snapshot_time));
-        tree.nodes.push(TreeNode { name: header.name.clone(), snapshot_taken, children: Vec::new() });
+        tree.nodes.push(TreeNode {
+            name: header.name.clone(),
+            vdi: header.vdi,
+            tag: header.tag.clone(),
+            snapshot_taken,
+            children: Vec::new(),
+        });
     }
     for (at, header) in headers.iter().enumerate() {
         let parent = header.parent.and_then(|parent| positions.get(&parent).copied());
