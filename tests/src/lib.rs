@@ -16,6 +16,10 @@
 //! | [`workload`] | readers and writers through many nodes at once, recorded |
 //! | [`linear`] | whether one history explains such a record |
 //! | [`sim`] | a whole cluster on one thread: its disks, network, clocks and guests, from one seed |
+//! | [`faults`] | what goes wrong in a simulated cluster, and when |
+//! | [`oracle`] | what clients were promised: every operation on one volume |
+//! | [`promise`] | what a guest was promised that does not wait for the disks |
+//! | [`invariants`] | what must hold then, one file each |
 //! | [`golden`] | stored outputs |
 //! | [`schema`] | stored shapes of JSON |
 //! | [`source_scan`] | our own source text, for the tidy suite |
@@ -23,13 +27,17 @@
 pub mod capture;
 pub mod clients;
 pub mod command;
+pub mod faults;
 pub mod flock;
 pub mod golden;
 pub mod guest;
+pub mod invariants;
 pub mod linear;
 pub mod loop_fs;
 pub mod namespaces;
 pub mod nbd_client;
+pub mod oracle;
+pub mod promise;
 pub mod qemu;
 pub mod schema;
 pub mod sectors;

@@ -2,9 +2,29 @@
 //!
 //! | module | what it gives |
 //! |---|---|
+//! | [`trial`] | one run: founding, load, faults, healing, judgement |
+//! | [`cluster`] | machines with complete nodes on them, moved on in steps of simulated time |
+//! | [`net`] | streams and datagrams, delayed, lost, cut and reset |
 //! | [`sim_disk`] | disks that lose power, fail, fill up and rot |
+//! | [`guests`], [`lazy_guest`], [`client`] | who reads and writes, and how |
+//! | [`volume_guest`], [`volume_memory`], [`nbd`] | who makes volumes, snapshots and clones, and what they must hold |
+//! | [`inventory`] | what there should be on the disks, and what there is |
+//! | [`hands`] | what breaks things and puts them right again |
+//! | [`entropy`] | randomness that libraries take by themselves |
 
+pub mod client;
+pub mod cluster;
+pub mod entropy;
+pub mod guests;
+pub mod hands;
+pub mod inventory;
+pub mod lazy_guest;
+pub mod nbd;
+pub mod net;
 pub mod sim_disk;
+pub mod trial;
+pub mod volume_guest;
+pub mod volume_memory;
 
 use std::future::Future;
 use std::io;

@@ -879,7 +879,7 @@ impl File for SimFile {
             self.check_aligned(buffer, at)?;
             at += buffer.len() as u64;
         }
-        let bytes: Vec<u8> = buffers.iter().flat_map(|buffer| buffer.iter().copied()).collect();
+        let bytes = buffers.iter().map(|buffer| &**buffer).collect::<Vec<&[u8]>>().concat();
         self.lock().note(offset, bytes.len() as u64);
         self.change(Operation::Write, (offset, bytes.len() as u64), |inode, zeros| inode.write(&bytes, offset, zeros))
     }
