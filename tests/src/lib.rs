@@ -14,8 +14,11 @@
 //! | [`capture`] | everything that passes its switch |
 //! | [`flock`] | real `sheep` processes on such hosts |
 //! | [`workload`] | readers and writers through many nodes at once, recorded |
+//! | [`volume_model`] | random operations on volumes, and what must come of them |
+//! | [`volume_proof`] | such operations on nodes that are killed, and the comparison of everything |
 //! | [`linear`] | whether one history explains such a record |
 //! | [`sim`] | a whole cluster on one thread: its disks, network, clocks and guests, from one seed |
+//! | [`torture`] | real nodes to which everything happens, and guests to whom nothing may |
 //! | [`faults`] | what goes wrong in a simulated cluster, and when |
 //! | [`oracle`] | what clients were promised: every operation on one volume |
 //! | [`promise`] | what a guest was promised that does not wait for the disks |
@@ -45,5 +48,8 @@ pub mod sim;
 pub mod source_scan;
 pub mod spawn;
 pub mod tgt;
+pub mod torture;
+pub mod volume_model;
+pub mod volume_proof;
 pub mod workload;
 pub mod writer;
