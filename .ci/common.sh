@@ -1,7 +1,8 @@
 # Shared by the scripts beside it: packages, the tools of QEMU 5.2, and leaving nothing behind.
 # Sourced from the root of the repository with `set -euo pipefail`.
 
-say() { printf '\n== %s\n' "$*"; }
+# With the minutes since the script began.
+say() { printf '\n== %s [%d:%02d]\n' "$*" $((SECONDS / 60)) $((SECONDS % 60)); }
 
 as_root() {
     if [[ $(id -u) == 0 ]]; then "$@"; else sudo "$@"; fi
@@ -39,6 +40,19 @@ need_qemu_iscsi() {
     fi
     version=$(apt-cache policy qemu-block-extra | sed -n 's/^ *Candidate: *//p')
     apt_install --allow-downgrades "qemu-utils=$version" "qemu-block-extra=$version"
+}
+
+# need_space GIB: ends here, rather than in a linker without words, where the build directory or the tests' have less.
+need_space() {
+    local directory free
+    for directory in "${CARGO_TARGET_DIR:-.}" "${TMPDIR:-/tmp}"; do
+        mkdir -p "$directory"
+        free=$(df --output=avail -B1G "$directory" | tail -n 1)
+        if ((free < $1)); then
+            echo "$directory has $((free)) GiB free, and this needs $1: make room, or set CARGO_TARGET_DIR and TMPDIR" >&2
+            exit 1
+        fi
+    done
 }
 
 need_rust() {
