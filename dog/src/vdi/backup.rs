@@ -7,6 +7,7 @@ use std::collections::BTreeSet;
 use std::io::{self, IsTerminal, Write};
 
 use qemu_proto::oid::{Oid, VdiId};
+use sheep_core::zeros::is_zero;
 
 use super::increment::{Change, Hash, Increment, Moment, Record, Writer, hash_of};
 use super::pieces::{Piece, pieces};
@@ -145,8 +146,7 @@ fn difference(piece: Piece, before: &[u8], after: &[u8]) -> Option<Record> {
     let range = first * SECTOR_BYTES..((last + 1) * SECTOR_BYTES).min(piece.length);
     let offset = piece.offset as u32 + range.start as u32;
     let (before, after) = (&before[range.clone()], &after[range]);
-    let is_zero = after.iter().all(|&byte| byte == 0);
-    let change = if is_zero { Change::Zeros(after.len() as u32) } else { Change::Data(after.to_vec()) };
+    let change = if is_zero(after) { Change::Zeros(after.len() as u32) } else { Change::Data(after.to_vec()) };
     Some(Record { index: piece.index, offset, before: hash_of(before), change })
 }
 

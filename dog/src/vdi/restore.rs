@@ -16,6 +16,7 @@ use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::thread;
 
 use qemu_proto::oid::{Oid, VdiId};
+use sheep_core::zeros::is_zero;
 
 use super::increment::{Change, Hash, Increment, Reader, Record, StreamError, hash_of};
 use super::lanes::LANES_MAX;
@@ -214,7 +215,7 @@ impl Lane<'_> {
         if self.made == Some(record.index) {
             return requests::write_object(&mut self.sheep, oid, offset, &data).map_err(not_written);
         }
-        if old.is_none() && data.iter().all(|&byte| byte == 0) {
+        if old.is_none() && is_zero(&data) {
             return Ok(());
         }
         // Of an object that is replaced whole nothing is left to copy.

@@ -15,6 +15,7 @@ use std::thread;
 
 use qemu_proto::oid::{Oid, VdiId};
 use qemu_proto::status::Status;
+use sheep_core::zeros::is_zero;
 
 use super::lanes::LANES_MAX;
 use super::pieces::{Piece, pieces};
@@ -207,7 +208,7 @@ enum Step {
 
 fn step(vdi: VdiId, object: Option<Oid>, piece: Piece, object_bytes: u64, data: &[u8]) -> Step {
     match object {
-        None if data.iter().all(|&byte| byte == 0) => Step::Nothing,
+        None if is_zero(&data) => Step::Nothing,
         None => Step::Create(None),
         Some(oid) if oid.vid() == vdi => Step::Write,
         // Nothing of the shared object would be left.

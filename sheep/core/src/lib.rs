@@ -30,3 +30,4 @@ pub mod vdi;
 pub mod vdi_name;
 mod volume_changes;
 pub mod write_fate;
+pub mod zeros;

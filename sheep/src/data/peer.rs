@@ -12,6 +12,7 @@ use sheep_core::peer_message::{
 };
 use sheep_core::stamp::Epoch;
 use sheep_core::write_fate::Fate;
+use sheep_core::zeros::is_zero;
 
 use super::Data;
 use super::gateway::lease_table;
@@ -305,7 +306,7 @@ async fn fetch(holder: &Holder, request: &PeerRequest, header: &mut PeerAnswer) 
     let after = store.entry(request.oid).ok_or(Verdict::Missing)?;
     header.object_bytes = after.size_bytes;
     header.version = after.version;
-    let zeros = header.verdict == Verdict::Ok && bytes.iter().all(|byte| *byte == 0);
+    let zeros = header.verdict == Verdict::Ok && is_zero(&bytes);
     Ok(if zeros { Bytes::new() } else { bytes })
 }
 

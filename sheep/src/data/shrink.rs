@@ -14,6 +14,7 @@ use bytes::Bytes;
 use qemu_proto::oid::{Oid, VdiId};
 use sheep_core::command::{Command, Outcome, Refusal};
 use sheep_core::vdi::Vdi;
+use sheep_core::zeros;
 use tokio::task::JoinSet;
 
 use super::Data;
@@ -127,7 +128,7 @@ async fn is_zero(data: &Data, oid: Oid, part: std::ops::Range<u64>) -> Result<bo
         while at < end {
             let length = (end - at).min(PIECE_BYTES);
             let bytes: Bytes = read::read(data, oid, at, length as usize).await?;
-            if bytes.iter().any(|byte| *byte != 0) {
+            if !zeros::is_zero(&bytes) {
                 return Ok(false);
             }
             at += length;

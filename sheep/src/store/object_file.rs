@@ -16,6 +16,7 @@ use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use sheep_core::stamp::Version;
+use sheep_core::zeros::is_zero;
 
 use super::checksum::{BLOCK_BYTES, block_tag, crc32c, round_up};
 use crate::world::disk::{File, Files, OpenMode};
@@ -366,7 +367,7 @@ impl ObjectFile {
     }
 
     fn may_stay_hole(&self, offset: u64, part: &[u8]) -> io::Result<bool> {
-        if part.len() < BLOCK_BYTES || part.iter().any(|byte| *byte != 0) {
+        if part.len() < BLOCK_BYTES || !is_zero(part) {
             return Ok(false);
         }
         let block = (offset / BLOCK_BYTES as u64) as usize;
@@ -403,7 +404,7 @@ impl ObjectFile {
             tail = Some(self.merge(last, 0, part, base, &mut tags, &mut sound)?);
         }
         let content = self.geometry.content_offset() + first * block_bytes;
-        if whole.len() >= PUNCH_BYTES_MIN && whole.iter().all(|byte| *byte == 0) {
+        if whole.len() >= PUNCH_BYTES_MIN && is_zero(whole) {
             if let Some(head) = &head {
                 self.file.write_at(&[io::IoSlice::new(&head[..])], content)?;
             }
@@ -470,7 +471,7 @@ impl ObjectFile {
                 // One block in 2^32 that is not zeros has their checksum: what is called zeros is never read again.
                 let at = self.geometry.content_offset() + block * BLOCK_BYTES as u64;
                 let count = self.file.read_at(&mut content, at)?;
-                if content[..count].iter().all(|byte| *byte == 0) {
+                if is_zero(&content[..count]) {
                     continue;
                 }
             }
