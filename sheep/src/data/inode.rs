@@ -17,6 +17,8 @@ use qemu_proto::oid::{Oid, VdiId};
 use sheep_core::command::{Command, Outcome, Refusal, VdiEdit};
 use sheep_core::stamp::Stamp;
 use sheep_core::vdi::Vdi;
+use sheep_core::zeros::is_zero;
+use tokio::task::JoinSet;
 
 use super::Data;
 use super::gateway::write::{Base, ObjectWrite, write, write_under};
@@ -24,6 +26,13 @@ use super::gateway::{ReadFailure, WriteError, lease_table, read};
 
 /// Maps up to this are read many at once; that of a larger one takes longer than its way to a disk thread.
 const SMALL_MAP_BYTES: usize = 64 << 10;
+/// Maps that one disk thread reads in a row: a way to such a thread and back for each took longer than the reading.
+const MAPS_IN_A_ROW: usize = 64;
+/// Disk threads that do so at once.
+const ROWS: usize = 4;
+/// So many maps can be brought into memory at once; what was opened for them has to be open still when they are used (a store
+/// keeps 512 files).
+pub const WARM_MAPS_MAX: usize = MAPS_IN_A_ROW * ROWS;
 
 /// Why an inode could not be read or written.
 #[derive(Debug, thiserror::Error)]
@@ -176,11 +185,18 @@ fn small_map_bytes(data: &Data, id: VdiId) -> Option<usize> {
     (1..=SMALL_MAP_BYTES).contains(&length).then_some(length)
 }
 
-/// Brings the maps of VDIs into memory, as far as they are on this node and not large: for [`whole_map_now`].
+/// Brings the maps of up to [`WARM_MAPS_MAX`] VDIs into memory, as far as they are on this node and not large: for
+/// [`whole_map_now`].
 pub async fn warm_maps(data: &Data, ids: impl Iterator<Item = VdiId>) {
     let Some(holder) = data.holder() else { return };
     let part = |id: VdiId| Some((Oid::inode(id), map_offset(0), small_map_bytes(data, id)?));
-    holder.store().warm(ids.filter_map(part).collect()).await;
+    let parts: Vec<_> = ids.take(WARM_MAPS_MAX).filter_map(part).collect();
+    let mut rows = JoinSet::new();
+    for row in parts.chunks(MAPS_IN_A_ROW) {
+        let (holder, row) = (holder.clone(), row.to_vec());
+        rows.spawn(async move { holder.store().warm(row).await });
+    }
+    rows.join_all().await;
 }
 
 /// Writes any part of an inode, by the rules that keep clients with stale copies from doing harm.
@@ -244,7 +260,7 @@ async fn write_header(data: &Data, id: VdiId, offset: u64, part: &[u8]) -> Resul
 }
 
 async fn write_map(data: &Data, id: VdiId, offset: u64, payload: Bytes, writer: InodeWriter) -> Result<(), InodeError> {
-    let clears = payload.iter().all(|byte| *byte == 0);
+    let clears = is_zero(&payload);
     if clears && writer.qemu_synchronous && payload.len() > MAP_ENTRY_BYTES && find(data, id).is_ok() {
         // QEMU clears the working VDI's map when it means to delete a snapshot (protocol.md section 9.2, bug 1).
         return Ok(());

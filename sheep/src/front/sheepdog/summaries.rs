@@ -12,14 +12,10 @@ use tokio::task::JoinSet;
 
 use super::Front;
 use super::reply::{Outcome, Reply};
-use crate::data::{Data, inode};
+use crate::data::inode::{self, WARM_MAPS_MAX};
 
 /// Maps that are read side by side: those of other nodes come over the network.
 const MAPS_AT_ONCE: usize = 16;
-/// Maps that one disk thread reads in a row: a way to such a thread and back for each took longer than the reading.
-const MAPS_IN_A_ROW: usize = 64;
-/// Disk threads that do so at once; what they opened has to be open still when it is counted (a store keeps 512 files).
-const ROWS: usize = 4;
 
 /// The VDIs from the id `base_vdi_id` on that a name finds, ascending.
 pub async fn run(front: &Front, request: &Request, body: &VdiRequest) -> Outcome {
@@ -34,8 +30,8 @@ pub async fn run(front: &Front, request: &Request, body: &VdiRequest) -> Outcome
     let mut counts = vec![None; wanted.len()];
     let mut tasks: JoinSet<(usize, Option<(u32, u32)>)> = JoinSet::new();
     for (index, vdi) in wanted.iter().enumerate() {
-        if index % (MAPS_IN_A_ROW * ROWS) == 0 {
-            warm(&front.data, &wanted[index..]).await;
+        if index % WARM_MAPS_MAX == 0 {
+            inode::warm_maps(&front.data, wanted[index..].iter().map(|vdi| vdi.id)).await;
         }
         if let Some(map) = inode::whole_map_now(&front.data, vdi.id) {
             counts[index] = count(&map, vdi.id);
@@ -57,16 +53,6 @@ pub async fn run(front: &Front, request: &Request, body: &VdiRequest) -> Outcome
         payload.extend_from_slice(&VdiSummary { header: inode::header_of(vdi), objects }.encode());
     }
     Ok(Reply::data(payload))
-}
-
-/// Brings the maps of the first of these VDIs into memory.
-async fn warm(data: &Data, vdis: &[&std::sync::Arc<Vdi>]) {
-    let mut rows = JoinSet::new();
-    for row in vdis.chunks(MAPS_IN_A_ROW).take(ROWS) {
-        let (data, ids) = (data.clone(), row.iter().map(|vdi| vdi.id).collect::<Vec<_>>());
-        rows.spawn(async move { inode::warm_maps(&data, ids.into_iter()).await });
-    }
-    rows.join_all().await;
 }
 
 /// How many objects a map names that are the VDI's own, and how many that are others'.
