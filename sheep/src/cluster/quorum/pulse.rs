@@ -219,6 +219,9 @@ impl Quorum {
                     known.answered = known.answered.max(Some(asked));
                 }
                 known.in_cluster = counted;
+            }
+            // Only who leads names them. Who lags gets no lease, and has to hear all the same that it must ask for the order.
+            if !pong.raft_nodes.is_empty() {
                 known.in_votes = pong.raft_nodes.contains(&self.inner.node);
                 known.barred_until = (!known.in_votes).then_some(asked.saturating_add(BARRED));
                 known.indices = [pong.index, known.indices[0]];
