@@ -123,9 +123,10 @@ impl Held {
     }
 }
 
-/// One of the holders of an object looks at it.
-fn is_first(data: &Data, view: &View, oid: Oid) -> bool {
-    view.locate(oid).and_then(|at| view.holders(&at).first().copied()) == Some(data.node())
+/// Every holder looks at what it has. One alone would not see what only another has: an object that was removed while a node was
+/// away can come back there alone, when those who know of the removal hold it no longer.
+fn is_held(data: &Data, view: &View, oid: Oid) -> bool {
+    view.locate(oid).is_some_and(|at| view.holders(&at).contains(&data.node()))
 }
 
 fn held_of(data: &Data, holder: &Holder, vdi: VdiId) -> Held {
@@ -143,7 +144,7 @@ fn held_of(data: &Data, holder: &Holder, vdi: VdiId) -> Held {
                 if oid.raw() > last {
                     break 'kind;
                 }
-                if is_first(data, &view, oid) {
+                if is_held(data, &view, oid) {
                     held.add(oid);
                 }
             }
@@ -160,7 +161,7 @@ async fn look_at_all(data: &Data, holder: &Holder, epoch: Epoch, left: &mut Left
         after = Some(*end);
         let view = data.view();
         let mut held: BTreeMap<VdiId, Held> = BTreeMap::new();
-        for (oid, _) in entries.into_iter().filter(|(oid, _)| is_first(data, &view, *oid)) {
+        for (oid, _) in entries.into_iter().filter(|(oid, _)| is_held(data, &view, *oid)) {
             held.entry(oid.vid()).or_default().add(oid);
         }
         for (vdi, held) in held {
@@ -206,7 +207,9 @@ async fn look_at(
     if vdi.deleted {
         // What is to be reclaimed still needs its map; it is looked at when it has been.
         if !view.state.to_reclaim.contains(&id.get()) {
-            reclaim::drop_unreferenced(data, BTreeMap::from([(id, held.data)])).await?;
+            if !held.data.is_empty() {
+                reclaim::drop_unreferenced(data, BTreeMap::from([(id, held.data)])).await?;
+            }
             for oid in held.others {
                 inode::drop_object(data, oid).await?;
             }
