@@ -208,7 +208,7 @@ enum Step {
 
 fn step(vdi: VdiId, object: Option<Oid>, piece: Piece, object_bytes: u64, data: &[u8]) -> Step {
     match object {
-        None if is_zero(&data) => Step::Nothing,
+        None if is_zero(data) => Step::Nothing,
         None => Step::Create(None),
         Some(oid) if oid.vid() == vdi => Step::Write,
         // Nothing of the shared object would be left.
