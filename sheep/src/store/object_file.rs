@@ -36,6 +36,9 @@ pub const OBJECT_BYTES_MAX: u64 = 1 << 31;
 /// Table entries per lazily loaded piece: one block of the table.
 const PIECE_ENTRIES: usize = BLOCK_BYTES / 4;
 
+/// Table entries that a disk loses together: those of one sector of 512 bytes.
+const SECTOR_ENTRIES: usize = 512 / 4;
+
 /// The tag of a damaged block of which nothing is known.
 const NO_CONTENT: u32 = u32::MAX;
 
@@ -270,8 +273,9 @@ impl ObjectFile {
         let mut damaged = Vec::new();
         for (index, block) in buffer.chunks_exact_mut(BLOCK_BYTES).enumerate() {
             let number = first_block + index as u64;
-            let tag = self.load_piece(number as usize / PIECE_ENTRIES)?[number as usize % PIECE_ENTRIES]
-                .load(Ordering::Relaxed);
+            let piece = self.load_piece(number as usize / PIECE_ENTRIES)?;
+            let place = number as usize % PIECE_ENTRIES;
+            let tag = piece[place].load(Ordering::Relaxed);
             let offset = self.geometry.content_offset() + number * BLOCK_BYTES as u64;
             let count = match self.file.read_at(block, offset) {
                 Err(error) if unreadable == Unreadable::IsAnError => return Err(error),
@@ -279,8 +283,10 @@ impl ObjectFile {
             };
             if count < BLOCK_BYTES || block_tag(block) != tag {
                 block.fill(0);
-                // A tag of zeros is what a sector of the table that was lost reads as, too: it proves nothing.
-                damaged.push((number, if tag == 0 { NO_CONTENT } else { tag }));
+                // A tag of zeros is what a sector of the table that was lost reads as, too: alone it proves nothing.
+                let start = place / SECTOR_ENTRIES * SECTOR_ENTRIES;
+                let is_lost = || piece[start..][..SECTOR_ENTRIES].iter().all(|tag| tag.load(Ordering::Relaxed) == 0);
+                damaged.push((number, if tag == 0 && is_lost() { NO_CONTENT } else { tag }));
             }
         }
         Ok(damaged)
@@ -554,6 +560,21 @@ mod tests {
             let mut block = vec![0; BLOCK_BYTES];
             assert!(matches!(other.read(2, &mut block).unwrap(), ReadOutcome::Mismatch(2)));
         }
+    }
+
+    #[test]
+    fn rotten_zeros_are_known_to_be_zeros_beside_other_tags() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("object");
+        let object = ObjectFile::create(&RealFiles, &path, &header(4 << 20)).unwrap();
+        object.write(8192, &[1; 4096], Base::Checked).unwrap();
+        for block in [5, 500] {
+            let at = object.geometry.content_offset() + block * BLOCK_BYTES as u64;
+            object.file.write_at(&[io::IoSlice::new(&[0, 4, 0])], at).unwrap();
+        }
+        let mut blocks = vec![0; 512 * BLOCK_BYTES];
+        let damaged = object.salvage(0, &mut blocks, Unreadable::IsAnError).unwrap();
+        assert_eq!(damaged, [(5, 0), (500, NO_CONTENT)]);
     }
 
     #[test]
