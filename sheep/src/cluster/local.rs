@@ -243,8 +243,9 @@ async fn follow(local: Arc<Local>) {
         if let Err(error) = result {
             // Without the order this node must not go on: others may have changed it. Its process ends, its lock goes
             // back, and the survivors take over.
-            tracing::error!("lost the cluster's order: {error}");
-            match local.world.disk.end_process().await {}
+            let reason = format!("lost the cluster's order: {error}");
+            tracing::error!("{reason}");
+            match local.world.disk.end_process(&reason).await {}
         }
     }
 }

@@ -10,7 +10,7 @@
 
 use std::convert::Infallible;
 use std::future::Future;
-use std::io;
+use std::io::{self, Write};
 use std::path::Path;
 use std::pin::Pin;
 use std::sync::Arc;
@@ -115,10 +115,12 @@ pub trait Disk: Send + Sync + 'static {
     fn spawn(&self, job: Job);
     /// The files themselves, for the few calls that cannot block and for code that already runs in a job.
     fn files(&self) -> Arc<dyn Files>;
-    /// Ends this process at once, as a crash would: it cannot rely on its disk any more and must not answer anybody. A
-    /// simulated one only never goes on from here.
-    fn end_process(&self) -> Pin<Box<dyn Future<Output = Infallible> + Send>> {
-        std::process::abort()
+    /// Ends this process at once, without letting anything finish: it cannot rely on its disk any more and must not answer
+    /// anybody. The reason goes to standard error too: the log may lie on that disk. A simulated one only never goes on from here.
+    fn end_process(&self, reason: &str) -> Pin<Box<dyn Future<Output = Infallible> + Send>> {
+        // Nobody may be listening.
+        let _ = writeln!(io::stderr(), "{reason}");
+        std::process::exit(1)
     }
 }
 

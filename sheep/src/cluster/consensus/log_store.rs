@@ -39,8 +39,9 @@ const SNAPSHOT_AFTER_BYTES: u64 = 8 << 20;
 
 /// Ends the process, because it cannot rely on its disk any more.
 pub(super) async fn give_up(disk: &Arc<dyn Disk>, error: &OrderError) -> Infallible {
-    tracing::error!("lost the cluster's order: {error}");
-    disk.end_process().await
+    let reason = format!("lost the cluster's order: {error}");
+    tracing::error!("{reason}");
+    disk.end_process(&reason).await
 }
 
 /// The log. Clones are the same log.
