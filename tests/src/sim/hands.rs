@@ -275,9 +275,8 @@ impl Hands {
             // Where the guests write, most of the time.
             let bytes = if self.random.one_in(4) { *length } else { (*length).min(256 << 10) };
             let bit = self.random.below(bytes * 8);
-            if !of_content || self.is_elsewhere(host, path, bit / 8) {
+            if (!of_content || self.is_elsewhere(host, path, bit / 8)) && self.cluster.disk(host).flip_bit(path, bit) {
                 tracing::info!("bit {bit} of {} on machine {host} changes", path.display());
-                self.cluster.disk(host).flip_bit(path, bit);
                 return;
             }
         }

@@ -272,18 +272,19 @@ impl SimDisk {
         state.names.iter().map(size).sum()
     }
 
-    /// Flips one bit of a file, synced or not.
-    pub fn flip_bit(&self, path: &Path, bit: u64) {
+    /// Flips one bit of a file, synced or not. Gives whether there was one: a hole has no bits on the medium.
+    pub fn flip_bit(&self, path: &Path, bit: u64) -> bool {
         let mut state = self.lock();
-        let zeros = state.zeros.clone();
         let inode = state.inode_of(path).expect("the test damages a file that is there");
         let inode = state.inodes.get_mut(&inode).expect("named inodes exist");
         let (page, byte) = (bit / 8 / PAGE_BYTES as u64, (bit / 8) as usize % PAGE_BYTES);
+        let mut is_flipped = false;
         for pages in [&mut inode.pages, &mut inode.durable] {
-            let mut content = **pages.get(&page).unwrap_or(&zeros);
-            content[byte] ^= 1 << (bit % 8);
-            pages.insert(page, Arc::new(content));
+            let Some(content) = pages.get_mut(&page) else { continue };
+            Arc::make_mut(content)[byte] ^= 1 << (bit % 8);
+            is_flipped = true;
         }
+        is_flipped
     }
 
     /// The page of a file that a byte lies in, as whoever reads it now would find it; nothing if the file is not there.
@@ -945,7 +946,7 @@ impl Disk for Attached {
         self.files.clone()
     }
 
-    fn end_process(&self) -> Pin<Box<dyn Future<Output = Infallible> + Send>> {
+    fn end_process(&self, _: &str) -> Pin<Box<dyn Future<Output = Infallible> + Send>> {
         if !self.is_dead() {
             self.files.lock().end(Cut::Kill);
         }
