@@ -12,6 +12,10 @@
 //!    it is no witness of that epoch unless its copy shows that it went all the way.
 //! 2. The decision does not depend on the order of the answers, and every node that hears the same answers decides
 //!    the same.
+//!
+//! A copy says itself as of when it is good, an absence does not: a node that has completed an epoch in which it does not hold the
+//! object cannot tell any more that it saw it removed in an earlier one. So an object that was removed while a node was away may
+//! come back with that node (one that was written never goes). Nothing refers to it then, and `sweep` removes it.
 
 use alloc::collections::BTreeSet;
 use alloc::sync::Arc;
