@@ -27,6 +27,8 @@ use crate::command::{self, Finished};
 
 /// A node on two busy cores with an empty store serves well within this.
 pub const START_DEADLINE: Duration = Duration::from_secs(30);
+/// Of every node's journal: a fill for small volumes would take longer with the default one.
+pub const JOURNAL_BYTES: u64 = 64 << 20;
 /// Any single `dog` command on the small volumes of the tests.
 pub const DOG_DEADLINE: Duration = Duration::from_mins(2);
 
@@ -275,7 +277,7 @@ impl Cluster {
         let mut words = vec!["-f".to_owned(), "-p".to_owned(), node.port.to_string()];
         words.extend(["-b", "127.0.0.1", "-y", "127.0.0.1", "-z"].map(str::to_owned));
         words.push(node.zone.to_string());
-        words.extend(["-j", "size=64M"].map(str::to_owned));
+        words.extend(["-j".to_owned(), format!("size={}M", JOURNAL_BYTES >> 20)]);
         if self.is_voting {
             words.extend(["-i".to_owned(), format!("host=127.0.0.1,port={}", node.peer_port)]);
             words.extend(["--join".to_owned(), format!("127.0.0.1:{}", self.nodes[0].peer_port)]);

@@ -13,6 +13,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use clap::Parser;
+use tests::bench::process::{cpu_seconds, resident_mib};
 use tests::flock::{Driver, Flock};
 use tests::namespaces::Network;
 use tests::workload::{Disk, Load, LoadPlan, Outcome, Record};
@@ -244,21 +245,6 @@ fn hand_over(arguments: &Arguments) -> Result<Vec<Figures>> {
     let (count, median) = (took.len(), took.get(took.len() / 2).copied().unwrap_or_default());
     let note = format!("from the change to the first answer through the other; {count} writes, median {median:.1?}");
     Ok(vec![Figures::milliseconds(&pauses, note)])
-}
-
-/// User and system time of a process, from /proc/PID/stat (proc(5): fields 14 and 15, in ticks of 10 ms).
-fn cpu_seconds(pid: u32) -> Result<f64> {
-    let stat = fs::read_to_string(format!("/proc/{pid}/stat"))?;
-    let after_name = stat.rsplit(") ").next().context("no name in /proc/PID/stat")?;
-    let fields: Vec<&str> = after_name.split(' ').collect();
-    let field = |index: usize| -> Result<u64> { Ok(fields.get(index).context("a short /proc/PID/stat")?.parse()?) };
-    Ok((field(11)? + field(12)?) as f64 / 100.0)
-}
-
-fn resident_mib(pid: u32) -> Result<f64> {
-    let status = fs::read_to_string(format!("/proc/{pid}/status"))?;
-    let line = status.lines().find(|line| line.starts_with("VmRSS:")).context("no VmRSS")?;
-    Ok(line.split_whitespace().nth(1).context("no figure")?.parse::<f64>()? / 1024.0)
 }
 
 /// One value per node.
