@@ -3,19 +3,15 @@
 //! `cargo run --release -p tests --bin volumebench`. Prints figures; passes no judgement. The part with a reflinking file system
 //! needs root.
 
-use std::path::Path;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Result, ensure};
 use clap::Parser;
+use tests::bench::{OBJECT_BYTES as OBJECT, first_writes};
 use tests::clients::{Client, Request, opcode, padded};
-use tests::loop_fs::{FsKind, LoopFs};
 use tests::nbd_client::{NbdClient, Style};
-use tests::spawn::{Cluster, ClusterPlan};
+use tests::spawn::Cluster;
 use tests::volume_proof::{allocated, objects_on};
-
-const MIB: u64 = 1 << 20;
-const OBJECT: u64 = 4 * MIB;
 
 #[derive(Parser)]
 #[command(about = "What volumes cost as they become many and large")]
@@ -43,7 +39,7 @@ fn main() -> Result<()> {
     let arguments = Arguments::parse();
     for part in &arguments.only {
         match part {
-            Part::FirstWrites => first_writes()?,
+            Part::FirstWrites => drop(first_writes::run()?),
             Part::Clones => large_clones()?,
             Part::Snapshots => snapshots(arguments.snapshots)?,
             Part::List => list(arguments.volumes)?,
@@ -186,82 +182,4 @@ fn large_clones() -> Result<()> {
     nbd(&cluster, 0, "n0")?.write(0, &[2; 4096], 0)?;
     println!("first write to such a clone, with its map: {:.1?}", started.elapsed());
     cluster.finish()
-}
-
-/// The first write to objects that a snapshot shares: what it moves between nodes, and what it copies on the disks.
-fn first_writes() -> Result<()> {
-    let cluster = Cluster::three()?;
-    // Other programs use that file system too: what the files take is counted.
-    first_writes_on("the temporary directory", &cluster, |cluster| Ok(space(cluster)))?;
-    cluster.finish()?;
-    if let Some(why) = LoopFs::missing() {
-        println!("SKIPPED: first writes on a reflinking file system: {why}");
-        return Ok(());
-    }
-    let scratch = tempfile::tempdir()?;
-    let disks: Result<Vec<LoopFs>> =
-        (0..3).map(|n| LoopFs::create(scratch.path(), &format!("disk{n}"), FsKind::Xfs, 800)).collect();
-    let disks = disks?;
-    let plan = disks
-        .iter()
-        .enumerate()
-        .fold(ClusterPlan::new(3), |plan, (index, disk)| plan.store(index, &disk.path().join("store")));
-    let cluster = plan.start_formatted(3)?;
-    // What files share is counted once.
-    first_writes_on("XFS", &cluster, |cluster| {
-        rustix::fs::sync();
-        let used_on = |store: &Path| Ok(rustix::fs::statvfs(store).map(|fs| (fs.f_blocks - fs.f_bfree) * fs.f_frsize)?);
-        (0..3).map(|index| used_on(&cluster.node(index).store)).sum()
-    })?;
-    cluster.finish()
-}
-
-/// Reads that nodes were asked for by other nodes.
-fn peer_reads(cluster: &Cluster) -> Result<u64> {
-    let read = |index: usize| -> Result<u64> {
-        let said = cluster.dog_through(index, &["node", "stat", "--json"], &[])?.ok()?;
-        let json: serde_json::Value = serde_json::from_slice(&said.stdout)?;
-        let row = json.get(0).unwrap_or(&json);
-        let count = row.pointer("/peers/read").or(row.pointer("/peer/read")).and_then(serde_json::Value::as_u64);
-        count.with_context(|| format!("no count of reads in {json}"))
-    };
-    (0..cluster.node_count()).map(read).sum()
-}
-
-fn first_writes_on(what: &str, cluster: &Cluster, used: impl Fn(&Cluster) -> Result<u64>) -> Result<()> {
-    const OBJECTS: u64 = 64;
-    /// Longer than the copies of three nodes take.
-    const PAUSE: Duration = Duration::from_millis(50);
-    dog(cluster, &["vdi", "create", "disk", &(OBJECTS * OBJECT).to_string()])?;
-    let mut client = nbd(cluster, 0, "disk")?;
-    for at in (0..OBJECTS * OBJECT).step_by(MIB as usize) {
-        client.write(at, &vec![1; MIB as usize], 0)?;
-    }
-    client.flush()?;
-    dog(cluster, &["vdi", "snapshot", "-s", "one", "disk"])?;
-    // The map is made with the first.
-    client.write(0, &[2; 4096], 1)?;
-    std::thread::sleep(Duration::from_secs(2));
-    let (reads, before) = (peer_reads(cluster)?, used(cluster)?);
-    let (mut in_a_row, mut alone) = (Vec::new(), Vec::new());
-    for index in 1..OBJECTS {
-        if index > OBJECTS / 2 {
-            std::thread::sleep(PAUSE);
-        }
-        let started = Instant::now();
-        client.write(index * OBJECT + 8192, &[2; 4096], 1)?;
-        if index > OBJECTS / 2 { &mut alone } else { &mut in_a_row }.push(started.elapsed());
-    }
-    std::thread::sleep(Duration::from_secs(2));
-    let (reads, taken) = (peer_reads(cluster)? - reads, used(cluster)?.saturating_sub(before));
-    println!(
-        "first write to a shared 4 MiB object on {what}: {:.1?} in a row (median of {}), {:.1?} alone ({}), {reads} reads between \
-         nodes, {} KiB of disk for each copy of each",
-        median(&mut in_a_row),
-        in_a_row.len(),
-        median(&mut alone),
-        alone.len(),
-        taken / 3 / (OBJECTS - 1) / 1024
-    );
-    Ok(())
 }
