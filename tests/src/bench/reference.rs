@@ -10,6 +10,7 @@ use anyhow::{Context, Result, bail};
 
 use super::OBJECT_BYTES;
 use super::nbd::Nbd;
+use crate::command::find_program;
 
 /// A running `qemu-nbd`, ended with this. Its file stays until another takes the name.
 pub struct Reference {
@@ -41,7 +42,16 @@ impl Reference {
         file.set_len(size_bytes)?;
         file.sync_all()?;
         let start = |aio: &str| {
-            Command::new("qemu-nbd")
+            // Where the machine has `setpriv`, it ends with the benchmark even if that is killed.
+            let mut command = match find_program("setpriv") {
+                Some(setpriv) => {
+                    let mut command = Command::new(setpriv);
+                    command.args(["--pdeathsig", "KILL", "--", "qemu-nbd"]);
+                    command
+                }
+                None => Command::new("qemu-nbd"),
+            };
+            command
                 .args(["--cache=none", "-f", "raw", "--persistent", "-k"])
                 .arg(&socket)
                 .arg(format!("--aio={aio}"))
