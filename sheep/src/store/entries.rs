@@ -136,6 +136,15 @@ pub struct Entries {
     allocated_bytes: u64,
 }
 
+/// Of entries in ascending order the map's nodes are packed full; set one after the other they would stay half empty.
+impl FromIterator<(u64, Packed)> for Entries {
+    fn from_iter<I: IntoIterator<Item = (u64, Packed)>>(entries: I) -> Entries {
+        let map = BTreeMap::from_iter(entries);
+        let allocated_bytes = map.values().map(|packed| packed.allocated_bytes()).sum();
+        Entries { map, allocated_bytes }
+    }
+}
+
 impl Entries {
     /// One object.
     pub fn get(&self, oid: u64) -> Option<Packed> {
@@ -227,6 +236,8 @@ mod tests {
         entries.set(3, None);
         assert_eq!((entries.count(), entries.allocated_bytes()), (9, 9 * 8192));
         assert_eq!(entries.allocated_by_disk(2).iter().sum::<u64>(), 9 * 8192);
+        let packed = (0..10).filter_map(|oid| Some((oid, entries.get(oid)?))).collect::<Entries>();
+        assert_eq!((packed.count(), packed.allocated_bytes()), (9, 9 * 8192));
         let first = entries.page(None, 4);
         let ids: Vec<u64> = first.iter().map(|(oid, _)| oid.raw()).collect();
         assert_eq!(ids, [0, 1, 2, 4]);

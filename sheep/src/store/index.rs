@@ -161,14 +161,15 @@ impl Index {
         };
         let damaged = |what: &str| IndexError::Damaged(what.to_string());
         let state = State::decode(state.value()).ok_or_else(|| damaged("the journal position is damaged"))?;
-        let mut loaded = Loaded { state, ..Loaded::default() };
-        for row in transaction.open_table(OBJECTS)?.iter()? {
+        let entry = |row: Result<(redb::AccessGuard<'_, u64>, redb::AccessGuard<'_, &[u8]>), redb::StorageError>| {
             let (oid, value) = row?;
             let packed = Packed::decode(value.value(), oid.value());
             let packed =
                 packed.ok_or_else(|| damaged(&format!("the entry of object {:016x} is damaged", oid.value())))?;
-            loaded.entries.set(oid.value(), Some(packed));
-        }
+            Ok::<_, IndexError>((oid.value(), packed))
+        };
+        let entries = transaction.open_table(OBJECTS)?.iter()?.map(entry).collect::<Result<Entries, IndexError>>()?;
+        let mut loaded = Loaded { entries, state, ..Loaded::default() };
         match transaction.open_table(DOOMED) {
             Ok(doomed) => {
                 for row in doomed.iter()? {
