@@ -653,7 +653,8 @@ impl Holder {
             return false;
         }
         state.recovering = false;
-        state.confirmed.clear();
+        // With its room: it had every object here, and may not be wanted again for months.
+        state.confirmed = HashSet::new();
         drop(state);
         self.changed.notify_waiters();
         true
