@@ -25,7 +25,7 @@
 //! | [`invariants`] | what must hold then, one file each |
 //! | [`golden`] | stored outputs |
 //! | [`schema`] | stored shapes of JSON |
-//! | [`bench`] | loads on volumes and on references beside them, and what they cost |
+//! | [`mod@bench`] | loads on volumes and on references beside them, and what they cost |
 //! | [`source_scan`] | our own source text, for the tidy suite |
 
 pub mod bench;
