@@ -12,7 +12,7 @@ use std::sync::{Arc, PoisonError};
 use std::time::Duration;
 
 use super::hint;
-use super::index::{Changes, State};
+use super::index::{Changes, Index, State};
 use super::state::{Checkpoint, Inner, Shared};
 use super::{Store, StoreError};
 use crate::world::disk::{self, Files, OpenMode};
@@ -209,7 +209,10 @@ impl Store {
         };
         let shared = self.shared.clone();
         disk::run(&self.shared.world.disk, move |_| {
-            drop(shared.index.lock().unwrap_or_else(PoisonError::into_inner).take());
+            let index = shared.index.lock().unwrap_or_else(PoisonError::into_inner).take();
+            if let Some(Err(error)) = index.map(Index::close) {
+                tracing::warn!("the index was not closed in order: {error}");
+            }
             drop(shared.lock_file.lock().unwrap_or_else(PoisonError::into_inner).take());
         })
         .await;

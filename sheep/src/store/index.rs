@@ -128,12 +128,11 @@ pub struct Index {
 impl Index {
     /// Opens an index that was made before, and reads all of it.
     pub fn open_and_load(files: &dyn Files, path: &Path, sync: bool) -> Result<(Index, Loaded), IndexError> {
-        let opened = panics::contain(|| {
+        contained(|| {
             let index = Index::open(files, path, sync)?;
             let loaded = index.load()?.ok_or_else(|| IndexError::Damaged("it holds no index".to_string()))?;
             Ok((index, loaded))
-        });
-        opened.unwrap_or_else(|panic| Err(IndexError::Damaged(format!("its pages make no sense ({panic})"))))
+        })
     }
 
     /// Opens the index, making an empty one if there is none.
@@ -183,8 +182,20 @@ impl Index {
         Ok(Some(loaded))
     }
 
-    /// Makes a checkpoint's changes durable, all or none.
+    /// Makes a checkpoint's changes durable, all or none. After an error there must be no other.
     pub fn commit(&self, changes: Changes<'_>) -> Result<(), IndexError> {
+        contained(|| self.commit_all(changes))
+    }
+
+    /// Closes the file; what redb writes then is for a faster start, which an error leaves to the next one.
+    pub fn close(self) -> Result<(), IndexError> {
+        contained(|| {
+            drop(self);
+            Ok(())
+        })
+    }
+
+    fn commit_all(&self, changes: Changes<'_>) -> Result<(), IndexError> {
         let mut transaction = self.database.begin_write()?;
         // Opening after a crash then reads a little more at commit time instead of the whole file at start.
         transaction.set_quick_repair(self.sync);
@@ -206,6 +217,12 @@ impl Index {
         transaction.commit()?;
         Ok(())
     }
+}
+
+/// Runs what reads pages that may be damaged: redb panics over some.
+fn contained<T>(work: impl FnOnce() -> Result<T, IndexError>) -> Result<T, IndexError> {
+    let done = panics::contain(work);
+    done.unwrap_or_else(|panic| Err(IndexError::Damaged(format!("its pages make no sense ({panic})"))))
 }
 
 /// redb's storage on a file of the world.
