@@ -176,6 +176,9 @@ impl Shared {
     fn apply_copy(&self, files: &dyn Files, record: &Record) -> io::Result<()> {
         let source = self.layout.object(record.source_disk, record.extra);
         let making = self.layout.object_new(record.disk, record.oid);
+        if let Some(open) = self.lock().handles.get(record.extra) {
+            open.write_table()?;
+        }
         match files.copy(&source, &making) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => {
                 return self.lose(files, record, "the object it is copied from");
@@ -202,9 +205,13 @@ impl Shared {
 
     fn put_in_place(&self, files: &dyn Files, record: &Record, making: &Path, object: ObjectFile) -> io::Result<()> {
         files.rename(making, &self.layout.object(record.disk, record.oid))?;
-        let mut inner = self.lock();
-        inner.replacements += 1;
-        inner.handles.insert(record.oid, Arc::new(object));
+        let unwritten = {
+            let mut inner = self.lock();
+            inner.replacements += 1;
+            inner.handles.insert(record.oid, Arc::new(object));
+            inner.handles.unwritten()
+        };
+        write_tables(&unwritten);
         Ok(())
     }
 
@@ -240,8 +247,22 @@ impl Shared {
             if inner.replacements == replacements {
                 let object = Arc::new(object);
                 inner.handles.insert(oid, object.clone());
+                let unwritten = inner.handles.unwritten();
+                drop(inner);
+                write_tables(&unwritten);
                 return Ok(Some(object));
             }
+        }
+    }
+}
+
+/// Makes files such that they may be closed.
+fn write_tables(objects: &[Arc<ObjectFile>]) {
+    for object in objects {
+        if let Err(error) = object.write_table() {
+            // The next checkpoint meets it again, and says which file it is.
+            tracing::warn!("cannot write an object's checksums: {error}; the next checkpoint tries again");
+            return;
         }
     }
 }

@@ -1,6 +1,6 @@
 //! Checkpoints: what is applied becomes durable in its place, so that the journal can forget it.
 //!
-//! In this order: flush the object files and their directories; one transaction of the index with the changed entries
+//! In this order: write the checksums that objects' writers left in memory; flush the object files and their directories; one transaction of the index with the changed entries
 //! and the new journal tail; then, and only then, give the journal's space back and unlink removed objects' files.
 //! Commits and the applier go on meanwhile.
 //!
@@ -81,6 +81,7 @@ impl Shared {
 
     /// Makes a captured checkpoint durable; the error says where and how it failed.
     pub fn perform(&self, files: &dyn Files, checkpoint: &mut Checkpoint) -> Result<(), String> {
+        self.write_tables(checkpoint)?;
         if self.config.sync {
             self.flush_objects(files, checkpoint)?;
         }
@@ -95,6 +96,18 @@ impl Shared {
         };
         index.commit(changes).map_err(|error| format!("{}: write: {error}", path.display()))?;
         checkpoint.spaces = self.layout.disks.iter().map(|disk| files.space(disk).ok()).collect();
+        Ok(())
+    }
+
+    /// Closed files have theirs: see `handles`, invariant 2.
+    fn write_tables(&self, checkpoint: &Checkpoint) -> Result<(), String> {
+        for (oid, disk) in &checkpoint.dirty {
+            let open = self.lock().handles.get(*oid);
+            if let Some(Err(error)) = open.map(|object| object.write_table()) {
+                let path = self.layout.object(*disk, *oid);
+                return Err(format!("{}: write: {error}{}", path.display(), hint(&error)));
+            }
+        }
         Ok(())
     }
 

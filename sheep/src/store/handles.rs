@@ -3,7 +3,8 @@
 //! Always holds:
 //! 1. A file that somebody uses is never closed here: two open files of one object would not see each other's
 //!    checksums (see `object_file`).
-//! 2. Beyond that, at most [`HANDLES_MAX`] files and [`TABLE_BYTES_MAX`] bytes of checksum tables stay open.
+//! 2. A file whose table is not written is not closed either (`object_file`, invariant 4).
+//! 3. Beyond that, at most [`HANDLES_MAX`] files and [`TABLE_BYTES_MAX`] bytes of checksum tables stay open.
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
@@ -14,6 +15,9 @@ use super::object_file::ObjectFile;
 const HANDLES_MAX: usize = 512;
 /// Memory for checksum tables: covers 32 GiB of content.
 const TABLE_BYTES_MAX: usize = 32 << 20;
+
+/// Tables written at once to make room: one table for each file that is opened costs as much, in another order.
+const WRITTEN_AT_ONCE: usize = 32;
 
 struct Slot {
     object: Arc<ObjectFile>,
@@ -55,10 +59,23 @@ impl Handles {
         }
     }
 
+    fn is_crowded(&self) -> bool {
+        self.slots.len() > HANDLES_MAX || self.table_bytes > TABLE_BYTES_MAX
+    }
+
+    /// Files that stay open only because their tables are not written, if there are too many: the caller writes some.
+    pub fn unwritten(&self) -> Vec<Arc<ObjectFile>> {
+        if !self.is_crowded() {
+            return Vec::new();
+        }
+        let objects = self.order.iter().filter_map(|oid| self.slots.get(oid)).map(|slot| &slot.object);
+        objects.filter(|object| object.is_table_unwritten()).take(WRITTEN_AT_ONCE).cloned().collect()
+    }
+
     fn evict(&mut self) {
         // Twice round is enough to take every second chance away; what is left then is in use.
         let mut steps = 2 * self.order.len();
-        while steps > 0 && (self.slots.len() > HANDLES_MAX || self.table_bytes > TABLE_BYTES_MAX) {
+        while steps > 0 && self.is_crowded() {
             steps -= 1;
             let Some(oid) = self.order.pop_front() else {
                 return;
@@ -66,7 +83,9 @@ impl Handles {
             let Some(slot) = self.slots.get_mut(&oid) else {
                 continue;
             };
-            if slot.used || Arc::strong_count(&slot.object) > 1 {
+            // Only who uses it makes its table an unwritten one.
+            let is_idle = Arc::get_mut(&mut slot.object).is_some_and(|object| !object.is_table_unwritten());
+            if slot.used || !is_idle {
                 slot.used = false;
                 self.order.push_back(oid);
                 continue;
@@ -80,7 +99,7 @@ impl Handles {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::store::object_file::Header;
+    use crate::store::object_file::{Base, Header};
     use crate::world::real_disk::RealFiles;
     use sheep_core::stamp::Version;
 
@@ -103,5 +122,23 @@ mod tests {
         handles.remove(0);
         assert!(handles.get(0).is_none());
         assert_eq!(handles.order.len(), handles.slots.len());
+        assert!(handles.unwritten().is_empty());
+
+        for oid in 1000..1600 {
+            let object = open(oid);
+            object.write(0, &[1], Base::Checked).unwrap();
+            handles.insert(oid, object);
+        }
+        assert!((1000..1600).all(|oid| handles.get(oid).is_some()), "none is closed with an unwritten table");
+        for round in 0.. {
+            let unwritten = handles.unwritten();
+            let Some(last) = unwritten.last() else { break };
+            assert!(unwritten.len() <= WRITTEN_AT_ONCE && round < 600);
+            for object in &unwritten {
+                object.write_table().unwrap();
+            }
+            handles.insert(2000 + round, last.clone());
+        }
+        assert!(handles.slots.len() <= HANDLES_MAX);
     }
 }

@@ -107,6 +107,7 @@ impl Staged {
         let (shared, making) = (self.shared.clone(), self.shared.layout.making(self.disk));
         let flushed = disk::run(&self.shared.world.disk, move |files| {
             object.set_header(&header)?;
+            object.write_table()?;
             let allocated = object.allocated_bytes()?;
             if !shared.config.sync {
                 return Ok(allocated);
