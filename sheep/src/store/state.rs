@@ -27,6 +27,7 @@ use super::ticket::{Outcome, Waiter};
 use super::{OpenReport, StoreConfig, StoreError};
 use crate::world::World;
 use crate::world::disk::{FileLock, Space};
+use crate::world::frames::sent_together;
 use crate::world::marks::{self, Mark};
 
 /// Write-back records wait at most this long for a commit (design.md section 7).
@@ -449,9 +450,7 @@ impl Shared {
         if !due.notices.is_empty() {
             // Callbacks may start tasks, and this may be a thread of the disk's.
             let _runtime = self.runtime.enter();
-            for (waiter, outcome) in due.notices {
-                waiter.complete(outcome);
-            }
+            sent_together(|| due.notices.into_iter().for_each(|(waiter, outcome)| waiter.complete(outcome)));
         }
         for (cost, bytes, waiter) in due.grants {
             // A permit that nobody takes gives its space back when it is dropped here.

@@ -2,15 +2,20 @@
 //!
 //! [`FrameReader`] takes large gulps and hands out slices of them without copying. [`FrameSender`] queues messages for one
 //! task that writes everything queued with one vectored call, so that under load a system call carries many small
-//! messages and on an idle connection a message leaves at once.
+//! messages and on an idle connection a message leaves at once. A thread that is not of the runtime writes them itself
+//! ([`sent_together`]): to wake the task would cost it, and whoever waits for the answer, more.
 
+use std::cell::RefCell;
 use std::collections::VecDeque;
+use std::future::poll_fn;
 use std::io;
+use std::pin::Pin;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
+use std::task::{Context, Poll, Waker, ready};
 
 use bytes::{Buf, Bytes, BytesMut};
-use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite};
 use tokio::sync::Notify;
 
 /// Bytes asked for at once: 64 requests of 4 KiB. Smaller gulps cost system calls under load, larger ones memory per
@@ -84,6 +89,147 @@ struct Queue {
     queued_bytes: AtomicUsize,
     wake: Notify,
     closed: AtomicBool,
+    outgoing: Mutex<Outgoing>,
+}
+
+type Writer = Box<dyn AsyncWrite + Send + Unpin>;
+
+/// The connection's sending side, for one thread at a time.
+struct Outgoing {
+    /// `None` once the task has ended.
+    writer: Option<Writer>,
+    /// Taken off the queue and not yet written as a whole.
+    batch: VecDeque<Bytes>,
+    batch_bytes: usize,
+    /// The connection takes nothing now, and wakes the task when it does: another thread must not take its place there.
+    is_blocked: bool,
+    /// Whether the writer may hold back what it took.
+    is_unflushed: bool,
+}
+
+impl Queue {
+    fn frames(&self) -> MutexGuard<'_, VecDeque<(Bytes, Bytes)>> {
+        self.frames.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Writes until the queue is empty. The task's own.
+    fn poll_written(&self, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        let mut outgoing = self.outgoing.lock().unwrap_or_else(PoisonError::into_inner);
+        let result = self.poll_write_out(&mut outgoing, context);
+        outgoing.is_blocked = result.is_pending();
+        result
+    }
+
+    fn poll_write_out(&self, outgoing: &mut Outgoing, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        loop {
+            if outgoing.batch.is_empty() {
+                self.queued_bytes.fetch_sub(std::mem::take(&mut outgoing.batch_bytes), Ordering::Relaxed);
+                let frames = std::mem::take(&mut *self.frames());
+                outgoing.take(frames);
+            }
+            if outgoing.batch.is_empty() {
+                break;
+            }
+            ready!(outgoing.poll_write_batch(context))?;
+        }
+        if outgoing.is_unflushed {
+            // A writer that encrypts may have taken more than the socket did: on a connection that falls silent now, the rest
+            // of an answer would never leave.
+            ready!(open(&mut outgoing.writer)?.poll_flush(context))?;
+            outgoing.is_unflushed = false;
+        }
+        Poll::Ready(Ok(()))
+    }
+
+    fn poll_shutdown(&self, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        let mut outgoing = self.outgoing.lock().unwrap_or_else(PoisonError::into_inner);
+        open(&mut outgoing.writer)?.poll_shutdown(context)
+    }
+
+    /// Writes what is queued on the calling thread, as far as nobody else does and the connection takes it. The rest, and
+    /// errors, are the task's.
+    fn write_here(&self) {
+        let mut outgoing = match self.outgoing.try_lock() {
+            Ok(outgoing) => outgoing,
+            Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
+            Err(TryLockError::WouldBlock) => return self.wake.notify_one(),
+        };
+        if outgoing.is_blocked {
+            // The task was promised a call and takes all of the queue then.
+            return;
+        }
+        match self.poll_write_out(&mut outgoing, &mut Context::from_waker(Waker::noop())) {
+            Poll::Ready(Ok(())) => {}
+            // The task meets the same, and can wait for the end of it.
+            Poll::Ready(Err(_)) | Poll::Pending => self.wake.notify_one(),
+        }
+    }
+}
+
+fn open(writer: &mut Option<Writer>) -> io::Result<Pin<&mut Writer>> {
+    writer.as_mut().map(Pin::new).ok_or_else(|| io::ErrorKind::NotConnected.into())
+}
+
+impl Outgoing {
+    fn take(&mut self, frames: VecDeque<(Bytes, Bytes)>) {
+        for (header, payload) in frames {
+            self.batch_bytes += header.len() + payload.len();
+            self.batch.push_back(header);
+            if !payload.is_empty() {
+                self.batch.push_back(payload);
+            }
+        }
+    }
+
+    fn poll_write_batch(&mut self, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        while !self.batch.is_empty() {
+            let mut slices = [io::IoSlice::new(&[]); SLICES_MAX];
+            let count = self.batch.len().min(SLICES_MAX);
+            for (slice, bytes) in slices.iter_mut().zip(&self.batch) {
+                *slice = io::IoSlice::new(bytes);
+            }
+            let mut written = ready!(open(&mut self.writer)?.poll_write_vectored(context, &slices[..count]))?;
+            if written == 0 {
+                return Poll::Ready(Err(io::ErrorKind::WriteZero.into()));
+            }
+            self.is_unflushed = true;
+            while let Some(front) = self.batch.front_mut() {
+                if front.len() > written {
+                    front.advance(written);
+                    break;
+                }
+                written -= front.len();
+                self.batch.pop_front();
+            }
+        }
+        Poll::Ready(Ok(()))
+    }
+}
+
+thread_local! {
+    /// Connections to write to when [`sent_together`] ends, while it runs.
+    static TOGETHER: RefCell<Option<Vec<FrameSender>>> = const { RefCell::new(None) };
+}
+
+/// Runs `work`, then writes what it sent, to each connection with one call, on this thread.
+pub fn sent_together<T>(work: impl FnOnce() -> T) -> T {
+    if TOGETHER.with_borrow(Option::is_some) {
+        // The outer call writes it.
+        return work();
+    }
+    TOGETHER.set(Some(Vec::new()));
+    let _scope = SendOnDrop;
+    work()
+}
+
+struct SendOnDrop;
+
+impl Drop for SendOnDrop {
+    fn drop(&mut self) {
+        for sender in TOGETHER.take().unwrap_or_default() {
+            sender.queue.write_here();
+        }
+    }
 }
 
 /// Queues messages for one connection. Cloning it is cheap; the connection's sending side ends with the last clone or
@@ -109,13 +255,21 @@ impl Drop for Alive {
 impl FrameSender {
     /// Starts the writing task.
     pub fn start(writer: Box<dyn AsyncWrite + Send + Unpin>) -> FrameSender {
+        let outgoing = Outgoing {
+            writer: Some(writer),
+            batch: VecDeque::new(),
+            batch_bytes: 0,
+            is_blocked: false,
+            is_unflushed: false,
+        };
         let queue = Arc::new(Queue {
             frames: Mutex::new(VecDeque::new()),
             queued_bytes: AtomicUsize::new(0),
             wake: Notify::new(),
             closed: AtomicBool::new(false),
+            outgoing: Mutex::new(outgoing),
         });
-        tokio::spawn(write_all(writer, queue.clone()));
+        tokio::spawn(write_all(queue.clone()));
         FrameSender { queue: queue.clone(), _alive: Arc::new(Alive { queue }) }
     }
 
@@ -125,14 +279,19 @@ impl FrameSender {
             return false;
         }
         self.queue.queued_bytes.fetch_add(header.len() + payload.len(), Ordering::Relaxed);
-        let mut frames = self.queue.frames.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut frames = self.queue.frames();
         frames.push_back((header, payload));
-        let first = frames.len() == 1;
+        let is_first = frames.len() == 1;
         drop(frames);
-        if first {
+        if is_first && !self.is_left_for_later() {
             self.queue.wake.notify_one();
         }
         true
+    }
+
+    /// Whether this thread writes what it sends when it has sent all of it.
+    fn is_left_for_later(&self) -> bool {
+        TOGETHER.with_borrow_mut(|senders| senders.as_mut().map(|senders| senders.push(self.clone())).is_some())
     }
 
     /// Bytes that wait to be written: the caller slows down when the other side does.
@@ -152,64 +311,41 @@ impl FrameSender {
     }
 }
 
-async fn write_all(mut writer: Box<dyn AsyncWrite + Send + Unpin>, queue: Arc<Queue>) {
-    let mut batch: VecDeque<Bytes> = VecDeque::new();
+async fn write_all(queue: Arc<Queue>) {
+    let ended = EndOnDrop(queue);
+    let queue = &ended.0;
     loop {
-        let frames = std::mem::take(&mut *queue.frames.lock().unwrap_or_else(PoisonError::into_inner));
-        if frames.is_empty() {
-            if queue.closed.load(Ordering::Acquire) {
-                let _ = writer.shutdown().await;
-                return;
-            }
-            queue.wake.notified().await;
-            continue;
-        }
-        let mut taken = 0;
-        for (header, payload) in frames {
-            taken += header.len() + payload.len();
-            batch.push_back(header);
-            if !payload.is_empty() {
-                batch.push_back(payload);
-            }
-        }
-        let result = write_batch(&mut writer, &mut batch).await;
-        queue.queued_bytes.fetch_sub(taken, Ordering::Relaxed);
-        if result.is_err() {
+        if poll_fn(|context| queue.poll_written(context)).await.is_err() {
             // The reading side of the connection sees the end as well and tells whoever waits for answers.
-            queue.closed.store(true, Ordering::Release);
-            queue.frames.lock().unwrap_or_else(PoisonError::into_inner).clear();
             return;
         }
+        if queue.closed.load(Ordering::Acquire) && queue.frames().is_empty() {
+            let _ = poll_fn(|context| queue.poll_shutdown(context)).await;
+            return;
+        }
+        queue.wake.notified().await;
     }
 }
 
-async fn write_batch(writer: &mut Box<dyn AsyncWrite + Send + Unpin>, batch: &mut VecDeque<Bytes>) -> io::Result<()> {
-    while !batch.is_empty() {
-        let mut written = {
-            let slices: Vec<io::IoSlice<'_>> = batch.iter().take(SLICES_MAX).map(|b| io::IoSlice::new(b)).collect();
-            writer.write_vectored(&slices).await?
-        };
-        if written == 0 {
-            return Err(io::ErrorKind::WriteZero.into());
-        }
-        while let Some(front) = batch.front_mut() {
-            if front.len() > written {
-                front.advance(written);
-                break;
-            }
-            written -= front.len();
-            batch.pop_front();
-        }
+/// Ends the sending side with its task, however that ends.
+struct EndOnDrop(Arc<Queue>);
+
+impl Drop for EndOnDrop {
+    fn drop(&mut self) {
+        self.0.closed.store(true, Ordering::Release);
+        self.0.frames().clear();
+        // Nobody may wait for room in a queue that nobody empties any more.
+        self.0.queued_bytes.store(0, Ordering::Relaxed);
+        self.0.outgoing.lock().unwrap_or_else(PoisonError::into_inner).writer = None;
     }
-    // A writer that encrypts may have taken more than the socket did: on a connection that falls silent now, the rest of an
-    // answer would never leave.
-    writer.flush().await
 }
 
 #[cfg(test)]
 mod tests {
     use std::pin::Pin;
     use std::task::{Context, Poll};
+
+    use tokio::io::AsyncWriteExt;
 
     use super::*;
 
@@ -275,6 +411,51 @@ mod tests {
             assert!(payload.iter().all(|byte| *byte == index as u8));
         }
         assert_eq!(frames.header::<4>().await.unwrap(), None);
+    }
+
+    #[tokio::test]
+    async fn what_other_threads_send_arrives_whole_and_in_order() {
+        let (near, far) = tokio::io::duplex(300);
+        let (_, writer) = tokio::io::split(near);
+        let (reader, _) = tokio::io::split(far);
+        let sender = FrameSender::start(Box::new(Hoarder { inner: writer, hoard: BytesMut::new() }));
+        let other = std::thread::spawn(move || {
+            for round in 0..200_u32 {
+                // Small ones go out at once; with the large ones the connection is full now and then.
+                sent_together(|| {
+                    for index in 0..3 {
+                        let number = round * 3 + index;
+                        let payload = vec![number as u8; if round % 7 == 0 { 500 } else { 9 }];
+                        sent_together(|| {
+                            assert!(sender.send(Bytes::copy_from_slice(&number.to_le_bytes()), payload.into()));
+                        });
+                    }
+                });
+            }
+        });
+        let mut frames = FrameReader::new(Box::new(reader));
+        for number in 0..600_u32 {
+            assert_eq!(frames.header::<4>().await.unwrap(), Some(number.to_le_bytes()));
+            let length = if number / 3 % 7 == 0 { 500 } else { 9 };
+            assert!(frames.payload(length).await.unwrap().iter().all(|byte| *byte == number as u8));
+        }
+        other.join().unwrap();
+        assert_eq!(frames.header::<4>().await.unwrap(), None);
+    }
+
+    #[tokio::test]
+    async fn an_idle_connection_needs_no_task_to_be_written_to() {
+        let (near, mut far) = tokio::io::duplex(100);
+        let (_, writer) = tokio::io::split(near);
+        let sender = FrameSender::start(Box::new(writer));
+        tokio::task::yield_now().await;
+        sent_together(|| sender.send(Bytes::from_static(b"head"), Bytes::from_static(b"tail")));
+        let mut bytes = [0; 8];
+        // Nothing was awaited in between: the runtime of this test has no other thread.
+        let arrived = Pin::new(&mut far)
+            .poll_read(&mut Context::from_waker(Waker::noop()), &mut tokio::io::ReadBuf::new(&mut bytes));
+        assert!(arrived.is_ready());
+        assert_eq!(&bytes, b"headtail");
     }
 
     #[tokio::test]
