@@ -21,6 +21,9 @@ use tokio::sync::Notify;
 /// Bytes asked for at once: 64 requests of 4 KiB. Smaller gulps cost system calls under load, larger ones memory per
 /// connection (the buffer is shared by the payloads cut from it and lives as long as the last of them).
 const GULP_BYTES: usize = 256 << 10;
+/// Most room made at once for what a header promised. Until the bytes arrive it takes addresses and no memory; a buffer that
+/// grew with them copied large payloads once more.
+const PROMISED_BYTES_MAX: usize = 4 << 20;
 /// Slices per vectored write (IOV_MAX is 1,024): 64 messages of two slices.
 const SLICES_MAX: usize = 128;
 
@@ -71,8 +74,7 @@ impl FrameReader {
     async fn fill(&mut self, length: usize) -> io::Result<bool> {
         while self.buffer.len() < length {
             let missing = length - self.buffer.len();
-            // Memory grows with what has arrived, not with what a header promised.
-            self.buffer.reserve(missing.clamp(GULP_BYTES / 4, GULP_BYTES));
+            self.buffer.reserve(missing.clamp(GULP_BYTES / 4, PROMISED_BYTES_MAX));
             if self.reader.read_buf(&mut self.buffer).await? == 0 {
                 if self.buffer.is_empty() {
                     return Ok(false);
