@@ -32,8 +32,10 @@ pub const JOURNAL_BYTES_MIN: u64 = 8 << 20;
 /// Largest journal: a replay must stay a matter of seconds.
 pub const JOURNAL_BYTES_MAX: u64 = 64 << 30;
 
-/// Zeros written at once when a journal is made, and memory kept for batches between commits.
+/// Zeros written at once when a journal is made.
 const BUFFER_BYTES: usize = 1 << 20;
+/// Memory kept for batches between commits: what a full one takes. New memory costs more than what is written to it.
+const KEPT_BYTES_MAX: usize = 6 << 20;
 
 /// A place in the order of everything ever written to the journal.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
@@ -163,7 +165,7 @@ impl Journal {
         assert!(length <= self.ring_bytes, "the caller leaves room");
         let mut buffer = std::mem::take(&mut self.buffer);
         let result = self.append_from(&mut buffer, position, length as usize, records);
-        if buffer.len() <= 2 * BUFFER_BYTES {
+        if buffer.len() <= KEPT_BYTES_MAX {
             self.buffer = buffer;
         }
         result.map(|()| length)
