@@ -5,7 +5,8 @@ use std::fs;
 use std::io;
 use std::os::unix::fs::{DirBuilderExt, FileExt, MetadataExt, OpenOptionsExt};
 use std::path::Path;
-use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread::Thread;
 
 use rustix::fs::{FallocateFlags, FlockOperation};
 use rustix::io::{Errno, ReadWriteFlags};
@@ -27,22 +28,29 @@ const COPY_BYTES: usize = 1 << 20;
 /// CPU time went into that.
 const FOLIO_BYTES_MAX: usize = 32 << 10;
 
-/// Threads and their queue.
+/// Threads and their queue. The thread that fell idle last is the first to be woken: its stack and the code are still in the
+/// caches, and threads that are not needed sleep on.
 pub struct RealDisk {
-    queue: Arc<Queue>,
+    queue: Arc<Mutex<Queue>>,
     files: Arc<RealFiles>,
 }
 
+#[derive(Default)]
 struct Queue {
-    jobs: Mutex<VecDeque<Job>>,
-    ready: Condvar,
+    jobs: VecDeque<Job>,
+    /// Threads without a job, the last to fall idle at the end.
+    idle: Vec<Thread>,
+}
+
+fn locked(queue: &Mutex<Queue>) -> MutexGuard<'_, Queue> {
+    queue.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl RealDisk {
     /// Starts the threads. They end with the process.
     pub fn start(threads: usize) -> io::Result<RealDisk> {
         assert!(threads > 0, "at least one thread must serve the disk");
-        let queue = Arc::new(Queue { jobs: Mutex::new(VecDeque::new()), ready: Condvar::new() });
+        let queue = Arc::new(Mutex::new(Queue::default()));
         let files = Arc::new(RealFiles);
         for index in 0..threads {
             let queue = queue.clone();
@@ -53,24 +61,32 @@ impl RealDisk {
     }
 }
 
-fn serve(queue: &Queue, files: &RealFiles) {
+fn serve(queue: &Mutex<Queue>, files: &RealFiles) {
+    let this = std::thread::current();
     loop {
-        let mut jobs = queue.jobs.lock().unwrap_or_else(PoisonError::into_inner);
-        let job = loop {
-            match jobs.pop_front() {
-                Some(job) => break job,
-                None => jobs = queue.ready.wait(jobs).unwrap_or_else(PoisonError::into_inner),
-            }
+        let mut locked = locked(queue);
+        // Still there if parking ended for no reason.
+        locked.idle.retain(|thread| thread.id() != this.id());
+        let Some(job) = locked.jobs.pop_front() else {
+            locked.idle.push(this.clone());
+            drop(locked);
+            std::thread::park();
+            continue;
         };
-        drop(jobs);
+        drop(locked);
         job(files);
     }
 }
 
 impl Disk for RealDisk {
     fn spawn(&self, job: Job) {
-        self.queue.jobs.lock().unwrap_or_else(PoisonError::into_inner).push_back(job);
-        self.queue.ready.notify_one();
+        let mut locked = locked(&self.queue);
+        locked.jobs.push_back(job);
+        let idle = locked.idle.pop();
+        drop(locked);
+        if let Some(idle) = idle {
+            idle.unpark();
+        }
     }
 
     fn files(&self) -> Arc<dyn Files> {
