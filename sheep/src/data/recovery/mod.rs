@@ -12,6 +12,7 @@ pub mod fetch;
 pub mod pace;
 pub mod piece;
 pub mod salvage;
+mod survey;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -23,7 +24,7 @@ use qemu_proto::oid::Oid;
 use sheep_core::command::Command;
 use sheep_core::history::{Answer, Decision};
 use sheep_core::member::NodeId;
-use sheep_core::peer_message::{ListEntry, PeerKind, PeerRequest, Verdict};
+use sheep_core::peer_message::{PeerKind, PeerRequest, Verdict};
 use sheep_core::stamp::{Epoch, Stamp, Version};
 use tokio::sync::{Mutex, Semaphore};
 use tokio::task::JoinSet;
@@ -172,7 +173,7 @@ async fn attempt(data: &Data, holder: &Arc<Holder>, epoch: Epoch) -> Result<(), 
         holder.confirm(oid, epoch);
     }
     let undecided = pass(data, epoch, held).await?;
-    let mut work = survey(data, holder, &view).await?;
+    let mut work = survey::survey(data, holder, &view).await?;
     work.extend(undecided);
     data.progress().total.store(work.len() as u64, Ordering::Relaxed);
     data.progress().listed.store(true, Ordering::Relaxed);
@@ -243,112 +244,10 @@ fn holds(view: &View, node: NodeId, oid: Oid) -> bool {
     view.locate(oid).is_some_and(|location| view.holders(&location).contains(&node))
 }
 
-/// Lists what every member has of the objects this node must hold, confirms what is the newest already, and gives the
-/// rest in ascending order.
-async fn survey(data: &Data, holder: &Arc<Holder>, view: &Arc<View>) -> Result<BTreeSet<Oid>, RecoveryEnd> {
-    let epoch = view.epoch();
-    let mut known: BTreeMap<Oid, Vec<Answer>> = BTreeMap::new();
-    let others: Vec<NodeId> =
-        view.state.members.values().filter(|m| !m.member.is_gateway()).map(|m| m.member.id).collect();
-    let mut silent: BTreeMap<NodeId, Epoch> = BTreeMap::new();
-    for node in others.into_iter().filter(|node| *node != data.node()) {
-        let clean_through = list_from(data, holder, node, epoch, &mut known).await?;
-        silent.insert(node, clean_through);
-    }
-    let mut after = None;
-    loop {
-        let entries = holder.store().entries(after, LIST_BATCH);
-        let Some((last, _)) = entries.last() else { break };
-        after = Some(*last);
-        for (oid, _) in entries.iter().filter(|(oid, _)| holds(view, data.node(), *oid)) {
-            known.entry(*oid).or_default();
-        }
-        tokio::task::yield_now().await;
-    }
-    let mut work = BTreeSet::new();
-    for (oid, answers) in known {
-        let turn = data.turns().turn(oid);
-        let Ok(_guard) = turn.try_lock() else {
-            // Somebody compares it already, and might put what is newer by then out of a copy that was called current.
-            work.insert(oid);
-            continue;
-        };
-        if holder.is_current(oid) {
-            continue;
-        }
-        if !settled_by_lists(data, holder, view, oid, answers, &silent) || !holder.confirm(oid, epoch) {
-            work.insert(oid);
-        }
-    }
-    Ok(work)
-}
-
-/// Whether the lists already say that this node's copy is the newest.
-fn settled_by_lists(
-    data: &Data,
-    holder: &Holder,
-    view: &View,
-    oid: Oid,
-    mut answers: Vec<Answer>,
-    silent: &BTreeMap<NodeId, Epoch>,
-) -> bool {
-    let Some(location) = view.locate(oid) else { return false };
-    for (node, clean_through) in silent {
-        if !answers.iter().any(|answer| answer.node == *node) {
-            answers.push(Answer { node: *node, version: None, clean_through: *clean_through });
-        }
-    }
-    let Some(own) = own_answer(data, holder, oid) else { return false };
-    answers.push(own);
-    match view.history.decide(location.key, location.copies, &answers) {
-        Decision::Newest { nodes, .. } => nodes.contains(&data.node()),
-        Decision::Absent => own.version.is_none(),
-        Decision::Unheard(_) => false,
-    }
-}
-
 /// What this node says itself; nothing if its copy is damaged.
 fn own_answer(data: &Data, holder: &Holder, oid: Oid) -> Option<Answer> {
     let version = holder.version(oid).ok()?;
     Some(Answer { node: data.node(), version, clean_through: holder.store().clean_through() })
-}
-
-async fn list_from(
-    data: &Data,
-    holder: &Arc<Holder>,
-    node: NodeId,
-    epoch: Epoch,
-    known: &mut BTreeMap<Oid, Vec<Answer>>,
-) -> Result<Epoch, RecoveryEnd> {
-    let mut after = Oid::from_raw(0);
-    let mut clean_through = None;
-    loop {
-        let mut request = PeerRequest::new(PeerKind::List, epoch, data.node());
-        request.oid = after;
-        let answer = data.links().call(node, request, Bytes::new(), PATIENCE).await;
-        if holder.epoch() != epoch {
-            return Err(RecoveryEnd::EpochOver);
-        }
-        match answer {
-            Ok((answer, payload)) if answer.verdict == Verdict::Ok => {
-                // What is not in the list the node did not have when it was asked for that part. It may have got it since, and
-                // have everything by the end of the list: that says nothing of the parts before.
-                let clean_through = *clean_through.get_or_insert(answer.clean_through);
-                let mut count = 0;
-                for entry in ListEntry::decode_all(&payload) {
-                    count += 1;
-                    after = entry.oid;
-                    let clean_through = answer.clean_through;
-                    let said = Answer { node, version: Some(entry.version), clean_through };
-                    known.entry(entry.oid).or_default().push(said);
-                }
-                if count == 0 {
-                    return Ok(clean_through);
-                }
-            }
-            Ok(_) | Err(_) => wait_for_change(data, holder).await,
-        }
-    }
 }
 
 async fn wait_for_change(data: &Data, holder: &Holder) {
