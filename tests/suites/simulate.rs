@@ -15,7 +15,8 @@ const SCENARIOS: &[u64] = &[207, 282, 1023, 1037, 20051, 20109];
 /// 931088: a write was sent again to holders that had lost the ones before it, and a node that was away had it over those.
 /// 1000124: a node that lost its vote while it was cut off lagged too much for a lease, and heard of neither without one.
 /// 1000787: an object of a deleted volume came back on one node, and the node that looked for such had no copy.
-const SCENARIOS_OF_ALL: &[u64] = &[800_011, 931_088, 1_000_124, 1_000_787];
+/// 6100081: the way up to a volume's map met one ancestor before it was given a map, and the next after that one's had gone.
+const SCENARIOS_OF_ALL: &[u64] = &[800_011, 931_088, 1_000_124, 1_000_787, 6_100_081];
 /// Some more, of all kinds.
 const MORE: std::ops::Range<u64> = 0..12;
 

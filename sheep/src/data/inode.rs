@@ -23,6 +23,8 @@ use tokio::task::JoinSet;
 use super::Data;
 use super::gateway::write::{Base, ObjectWrite, write, write_under};
 use super::gateway::{ReadFailure, WriteError, lease_table, read};
+use crate::world::marks::{self, Mark};
+use crate::world::planted::{self, Bug};
 
 /// Maps up to this are read many at once; that of a larger one takes longer than its way to a disk thread.
 const SMALL_MAP_BYTES: usize = 64 << 10;
@@ -120,7 +122,7 @@ pub async fn read_inode(data: &Data, id: VdiId, offset: u64, length: usize) -> R
 /// Reads a part of the map: of the VDI itself or, if it has none yet, of the nearest ancestor that has.
 async fn read_map(data: &Data, id: VdiId, offset: u64, length: usize) -> Result<Bytes, ReadFailure> {
     loop {
-        let mut passed_deleted = false;
+        let mut passed = Vec::new();
         let mut at = Some(id);
         let bytes = loop {
             let Some(next) = at else { break BytesMut::zeroed(length).freeze() };
@@ -129,18 +131,34 @@ async fn read_map(data: &Data, id: VdiId, offset: u64, length: usize) -> Result<
             }
             match read::read(data, Oid::inode(next), offset, length).await {
                 Err(ReadFailure::Missing) => {
-                    let vdi = data.view().state.vdis.get(&next.get()).cloned();
-                    passed_deleted |= vdi.as_ref().is_some_and(|vdi| vdi.deleted);
-                    at = vdi.and_then(|vdi| vdi.parent);
+                    passed.push(next);
+                    at = parent_of(data, next);
                 }
                 other => break other?,
             }
         };
-        // The map of a deleted ancestor may have gone after this VDI's own was missed: it was given one before.
-        if !passed_deleted || !is_made(data, id).await? {
+        // This VDI and its parent's map: snapshots' maps do not change, and the parent's goes only when this one has its own.
+        if passed.len() < 2 || none_has_a_map(data, &passed).await? {
             return Ok(bytes);
         }
     }
+}
+
+/// Whether the VDIs that were passed on a way up, because they had no map of their own, still have none. One may have been
+/// given one meanwhile, and the map of one above it, which was deleted, may have gone before the walk came there: then what was
+/// found above that is older than what they share. From the top: whose map has come and gone as well had one below it made first.
+async fn none_has_a_map(data: &Data, passed: &[VdiId]) -> Result<bool, ReadFailure> {
+    for id in passed.iter().rev() {
+        if is_made(data, *id).await? {
+            marks::hit(Mark::MapMadeMeanwhile);
+            return Ok(planted::is(Bug::PassedMap));
+        }
+    }
+    Ok(true)
+}
+
+fn parent_of(data: &Data, id: VdiId) -> Option<VdiId> {
+    data.view().state.vdis.get(&id.get()).and_then(|vdi| vdi.parent)
 }
 
 /// Whether a VDI has a map of its own.
@@ -419,17 +437,21 @@ pub async fn materialise(data: &Data, id: VdiId) -> Result<(), InodeError> {
     }
 }
 
-/// The nearest ancestor that has a map of its own.
+/// The nearest ancestor that has a map of its own. The VDI has none, and the caller keeps others from making it.
 async fn nearest_map(data: &Data, id: VdiId) -> Result<Option<VdiId>, ReadFailure> {
-    let parent_of = |id: VdiId| data.view().state.vdis.get(&id.get()).and_then(|vdi| vdi.parent);
-    let mut at = parent_of(id);
-    while let Some(id) = at {
-        if is_made(data, id).await? {
-            return Ok(Some(id));
+    loop {
+        let mut passed = Vec::new();
+        let mut at = parent_of(data, id);
+        while let Some(next) = at
+            && !is_made(data, next).await?
+        {
+            passed.push(next);
+            at = parent_of(data, next);
         }
-        at = parent_of(id);
+        if passed.is_empty() || none_has_a_map(data, &passed).await? {
+            return Ok(at);
+        }
     }
-    Ok(None)
 }
 
 /// Clears one map entry and removes its object, as DISCARD_OBJ asks. See [`InodeWriter`] for `strict`.

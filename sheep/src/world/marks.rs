@@ -90,6 +90,8 @@ marks! {
     ReaderBehind,
     /// A write came before its lease was known.
     HolderBehind,
+    /// A map was made below the one that was found for its VDI.
+    MapMadeMeanwhile,
     /// A write to a volume found that something had changed meanwhile.
     WriteLookedAgain,
     /// A read of a volume found the object gone that the map had named.

@@ -41,10 +41,12 @@ pub enum Bug {
     KeptGarbage,
     /// A reader that is behind the order is shown the map of what it takes for the working VDI.
     ReaderBehind,
+    /// What is found on the way up to a volume's map is believed although a map was made below it meanwhile.
+    PassedMap,
 }
 
 /// All of them.
-pub const ALL: [Bug; 18] = [
+pub const ALL: [Bug; 19] = [
     Bug::EarlyAcknowledge,
     Bug::OpenFence,
     Bug::SkippedFlush,
@@ -63,6 +65,7 @@ pub const ALL: [Bug; 18] = [
     Bug::UndrainedSnapshot,
     Bug::KeptGarbage,
     Bug::ReaderBehind,
+    Bug::PassedMap,
 ];
 
 #[cfg(feature = "planted-bugs")]
