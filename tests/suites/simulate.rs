@@ -16,7 +16,8 @@ const SCENARIOS: &[u64] = &[207, 282, 1023, 1037, 20051, 20109];
 /// 1000124: a node that lost its vote while it was cut off lagged too much for a lease, and heard of neither without one.
 /// 1000787: an object of a deleted volume came back on one node, and the node that looked for such had no copy.
 /// 6100081: the way up to a volume's map met one ancestor before it was given a map, and the next after that one's had gone.
-const SCENARIOS_OF_ALL: &[u64] = &[800_011, 931_088, 1_000_124, 1_000_787, 6_100_081];
+/// 653988624: a read that began on a node which had been evicted without hearing of it told what the lost lease had known.
+const SCENARIOS_OF_ALL: &[u64] = &[800_011, 931_088, 1_000_124, 1_000_787, 6_100_081, 653_988_624];
 /// Some more, of all kinds.
 const MORE: std::ops::Range<u64> = 0..12;
 

@@ -126,13 +126,15 @@ async fn read_map(data: &Data, id: VdiId, offset: u64, length: usize) -> Result<
         let mut at = Some(id);
         let bytes = loop {
             let Some(next) = at else { break BytesMut::zeroed(length).freeze() };
+            // As of before the map is missed: a VDI loses its parent once it has a map of its own.
+            let parent = parent_of(data, next);
             if let Some(bytes) = read::read_now(data, Oid::inode(next), offset, length) {
                 break bytes;
             }
             match read::read(data, Oid::inode(next), offset, length).await {
                 Err(ReadFailure::Missing) => {
                     passed.push(next);
-                    at = parent_of(data, next);
+                    at = parent;
                 }
                 other => break other?,
             }

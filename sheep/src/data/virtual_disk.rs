@@ -308,7 +308,8 @@ impl VirtualDisk {
     async fn read_piece(&self, piece: Piece) -> Result<Part, DiskError> {
         for _ in 0..LOOKS_MAX {
             let id = self.id()?;
-            let owner = if self.is_own(id, piece.index) {
+            let is_own = self.is_own(id, piece.index);
+            let owner = if is_own {
                 id
             } else {
                 let entry = inode::map_entry(&self.data, id, piece.index).await?;
@@ -322,6 +323,11 @@ impl VirtualDisk {
                 }
             };
             match read::read(&self.data, Oid::data(owner, piece.index), piece.offset, piece.length as usize).await {
+                // What was known with a lease that was lost before this began, unheard, must not be told: the read has waited for
+                // the quorum, so that this node knows of it now.
+                Ok(_) if is_own && (self.id()? != id || !self.is_own(id, piece.index)) => {
+                    marks::hit(Mark::ReadLookedAgain);
+                }
                 Ok(bytes) => return Ok(Part::Data(bytes)),
                 // Discarded, or copied by somebody whose source then went: look again.
                 Err(ReadFailure::Missing) => {

@@ -176,7 +176,8 @@ impl Shared {
     fn apply_copy(&self, files: &dyn Files, record: &Record) -> io::Result<()> {
         let source = self.layout.object(record.source_disk, record.extra);
         let making = self.layout.object_new(record.disk, record.oid);
-        if let Some(open) = self.lock().handles.get(record.extra) {
+        let open = self.lock().handles.get(record.extra);
+        if let Some(open) = open {
             open.write_table()?;
         }
         match files.copy(&source, &making) {
@@ -262,7 +263,6 @@ fn write_tables(objects: &[Arc<ObjectFile>]) {
         if let Err(error) = object.write_table() {
             // The next checkpoint meets it again, and says which file it is.
             tracing::warn!("cannot write an object's checksums: {error}; the next checkpoint tries again");
-            return;
         }
     }
 }

@@ -317,15 +317,19 @@ async fn write_all(queue: Arc<Queue>) {
     let ended = EndOnDrop(queue);
     let queue = &ended.0;
     loop {
+        // Before: what other threads took off the queue is written as well then.
+        let is_closed = queue.closed.load(Ordering::Acquire);
         if poll_fn(|context| queue.poll_written(context)).await.is_err() {
             // The reading side of the connection sees the end as well and tells whoever waits for answers.
             return;
         }
-        if queue.closed.load(Ordering::Acquire) && queue.frames().is_empty() {
+        if is_closed {
             let _ = poll_fn(|context| queue.poll_shutdown(context)).await;
             return;
         }
-        queue.wake.notified().await;
+        if !queue.closed.load(Ordering::Acquire) {
+            queue.wake.notified().await;
+        }
     }
 }
 
