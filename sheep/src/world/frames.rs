@@ -339,10 +339,14 @@ struct EndOnDrop(Arc<Queue>);
 impl Drop for EndOnDrop {
     fn drop(&mut self) {
         self.0.closed.store(true, Ordering::Release);
+        // No other thread is in the middle of a batch then, and takes its bytes off the count afterwards.
+        let mut outgoing = self.0.outgoing.lock().unwrap_or_else(PoisonError::into_inner);
+        outgoing.writer = None;
+        outgoing.batch.clear();
+        outgoing.batch_bytes = 0;
         self.0.frames().clear();
         // Nobody may wait for room in a queue that nobody empties any more.
         self.0.queued_bytes.store(0, Ordering::Relaxed);
-        self.0.outgoing.lock().unwrap_or_else(PoisonError::into_inner).writer = None;
     }
 }
 
