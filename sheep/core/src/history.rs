@@ -9,7 +9,7 @@
 //! 1. No decision is made before at least one holder of every epoch since the clean one was heard (or the operator said
 //!    that it will not be heard): an older copy is never taken for the newest. A holder that was still being brought up
 //!    to date in an epoch that had steady ones may have *deferred* its writes (answered them before its copy had them), so
-//!    it is no witness of that epoch unless its copy shows that it went all the way.
+//!    it is no witness of that epoch unless its copy shows that it went all the way, or it can say that it deferred nothing.
 //! 2. The decision does not depend on the order of the answers, and every node that hears the same answers decides
 //!    the same.
 //!
@@ -39,6 +39,7 @@ struct HistoricEpoch {
 #[derive(Clone)]
 pub struct History {
     epochs: Vec<HistoricEpoch>,
+    needs_majority: bool,
     /// Of this epoch and those before it only those have to be heard who were there when the others were given up.
     forgiven: Epoch,
 }
@@ -52,6 +53,10 @@ pub struct Answer {
     pub version: Option<Version>,
     /// The last epoch for which that node had recovered everything it must hold.
     pub clean_through: Epoch,
+    /// Whether its process has deferred no write of the object since the clean epoch.
+    pub owes_nothing: bool,
+    /// The last epoch in which its earlier processes may have deferred writes, if that is known.
+    pub deferred_before: Option<Epoch>,
 }
 
 /// What follows from the answers.
@@ -97,7 +102,7 @@ impl History {
             });
             HistoricEpoch { record: record.clone(), ring: known.unwrap_or_else(|| ring_of(record).map(Arc::new)) }
         });
-        History { epochs: epochs.collect(), forgiven: state.forgiven }
+        History { epochs: epochs.collect(), needs_majority: state.needs_majority, forgiven: state.forgiven }
     }
 
     /// The current epoch; 0 before format.
@@ -168,6 +173,27 @@ impl History {
         holders.iter().copied().filter(is_steady).collect()
     }
 
+    /// Whether a node may have answered writes of an epoch, as far as it can be known, that its copy did not have.
+    fn may_have_deferred(&self, answer: &Answer, at: &HistoricEpoch, key: PlacementKey, copies: Copies) -> bool {
+        let steady = self.steady_holders(at, key, copies);
+        let enough = at.record.min_copies_at_least(self.needs_majority, copies.in_epoch(at.record.epoch));
+        if steady.len() < usize::from(enough) || steady.contains(&answer.node) {
+            // `may_defer` did not allow it.
+            return false;
+        }
+        // What a process deferred it has in memory. The ones before it were over by then, or left a word.
+        let same_process = || {
+            let now = self.epochs.last().and_then(|last| last.record.members.get(&answer.node));
+            now.is_some_and(|member| member.since <= at.record.epoch)
+        };
+        let earlier_ones_did_not = answer.deferred_before.is_some_and(|last| last < at.record.epoch);
+        if answer.owes_nothing && (earlier_ones_did_not || same_process()) {
+            return false;
+        }
+        let went_all_the_way = self.current_as_of(answer, key, copies) >= Some(at.record.epoch);
+        !went_all_the_way
+    }
+
     /// Whether a node was there when the operator gave up what others might know.
     fn survived(&self, node: NodeId) -> bool {
         let first = self.epochs.iter().find(|at| at.record.epoch > self.forgiven);
@@ -208,13 +234,10 @@ impl History {
         let before_current = self.epochs.len().saturating_sub(1);
         for at in self.epochs[..before_current].iter().filter(|at| at.record.epoch > told) {
             let held = at.holders(key, copies);
-            let steady = self.steady_holders(at, key, copies);
-            let may_have_deferred = |answer: &Answer| {
-                let went_all_the_way = || self.current_as_of(answer, key, copies) >= Some(at.record.epoch);
-                !steady.is_empty() && !steady.contains(&answer.node) && !went_all_the_way()
-            };
             let is_forgiven = at.record.epoch <= self.forgiven;
-            let heard = |answer: &Answer| held.contains(&answer.node) && (is_forgiven || !may_have_deferred(answer));
+            let heard = |answer: &Answer| {
+                held.contains(&answer.node) && (is_forgiven || !self.may_have_deferred(answer, at, key, copies))
+            };
             let somebody_knows = held.iter().any(|node| !is_forgiven || self.survived(*node));
             if somebody_knows && !answers.iter().any(heard) {
                 return Decision::Unheard(at.record.epoch);

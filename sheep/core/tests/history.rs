@@ -81,11 +81,27 @@ fn stamp(generation: u32, sequence: u64) -> Stamp {
 
 fn has(node: u64, epoch: u32, stamp: Stamp, clean_through: u32) -> Answer {
     let version = Some(Version { epoch: Epoch(epoch), stamp });
-    Answer { node: NodeId(node), version, clean_through: Epoch(clean_through) }
+    Answer {
+        node: NodeId(node),
+        version,
+        clean_through: Epoch(clean_through),
+        owes_nothing: false,
+        deferred_before: None,
+    }
 }
 
 fn has_nothing(node: u64, clean_through: u32) -> Answer {
-    Answer { node: NodeId(node), version: None, clean_through: Epoch(clean_through) }
+    Answer {
+        node: NodeId(node),
+        version: None,
+        clean_through: Epoch(clean_through),
+        owes_nothing: false,
+        deferred_before: None,
+    }
+}
+
+fn owing_nothing(answer: Answer) -> Answer {
+    Answer { owes_nothing: true, ..answer }
 }
 
 fn newest(stamp: Stamp, nodes: &[u64]) -> Decision {
@@ -254,6 +270,32 @@ fn a_node_that_came_back_at_once_may_defer_and_is_no_witness_either() {
     assert!(story.may_defer(&stale));
     story.state.apply(&Command::Evict { nodes: vec![NodeId(A), NodeId(B)], time: 0 });
     assert_eq!(story.decide(&[stale]), Decision::Unheard(Epoch(2)));
+}
+
+#[test]
+fn a_dead_host_that_seemed_steady_is_not_waited_for_after_an_outage() {
+    // All three lose power. C is out in 2 and back in 3, B in 4 and 5, before A, who does not come back, is given up in 6.
+    let mut story = Story::begin();
+    story.state.needs_majority = true;
+    story.joins(C);
+    story.joins(B);
+    story.dies(A);
+    let answers = [has(B, 1, stamp(1, 5), 1), has(C, 1, stamp(1, 5), 1)];
+    assert_eq!(story.decide(&answers), newest(stamp(1, 5), &[B]), "beside A alone nobody answered writes early");
+    // Where one copy is enough, somebody may have.
+    story.state.needs_majority = false;
+    assert_eq!(story.decide(&answers), Decision::Unheard(Epoch(4)));
+    assert_eq!(story.decide(&[answers[0], owing_nothing(answers[1])]), newest(stamp(1, 5), &[B]));
+    // What the process of epoch 4 did, the next one does not know.
+    story.joins(C);
+    let restarted = owing_nothing(answers[1]);
+    assert_eq!(story.decide(&[answers[0], restarted]), Decision::Unheard(Epoch(4)));
+    // Unless that one has left a word.
+    let left = |epoch| Answer { deferred_before: Some(Epoch(epoch)), ..restarted };
+    assert_eq!(story.decide(&[answers[0], left(4)]), Decision::Unheard(Epoch(4)));
+    assert_eq!(story.decide(&[answers[0], left(3)]), newest(stamp(1, 5), &[B]));
+    let owing = Answer { owes_nothing: false, ..left(3) };
+    assert_eq!(story.decide(&[answers[0], owing]), Decision::Unheard(Epoch(4)), "or came in twice");
 }
 
 #[test]

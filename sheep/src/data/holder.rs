@@ -44,6 +44,8 @@ use crate::world::planted::{self, Bug};
 pub struct Holder {
     node: NodeId,
     store: Store,
+    /// As the store said when this process began.
+    deferred_before: Option<Epoch>,
     state: Mutex<State>,
     /// Told whenever a copy became current, a mark moved or the epoch changed.
     changed: Notify,
@@ -78,6 +80,9 @@ struct State {
     deferring: bool,
     /// Bytes of deferred writes.
     deferred_bytes: u64,
+    /// Objects of which writes were deferred, and in which epoch last, as long as a comparison may go back to it. Unlike what
+    /// was deferred, this outlasts epochs.
+    owed: HashMap<Oid, Epoch>,
     /// Objects that lost parked writes since their comparison began: it must be done again.
     dropped: HashSet<Oid>,
     /// Per VDI, what its writer has told.
@@ -229,12 +234,14 @@ impl Holder {
             parked: HashMap::new(),
             deferring: false,
             deferred_bytes: 0,
+            owed: HashMap::new(),
             dropped: HashSet::new(),
             marks: HashMap::new(),
             fates: WriteFates::default(),
         };
         Holder {
             node,
+            deferred_before: store.deferred_through(),
             store,
             state: Mutex::new(state),
             changed: Notify::new(),
@@ -323,14 +330,26 @@ impl Holder {
         state.confirmed.clear();
         // Dropping the parked writes answers `OldEpoch`: their gateway sends them again in this epoch.
         state.parked.clear();
-        // A node that has just come in takes over objects from others, who may read their own copies until they know: it answers
-        // for no write before all of them have told that they are in this epoch (`heard_suspects`).
-        state.deferring = state.continued;
+        state.deferring = false;
         state.dropped.clear();
         state.deferred_bytes = 0;
+        // Everybody in the new epoch begins with that clean one, or a later one.
+        let clean = view.state.clean;
+        state.owed.retain(|_, deferred_in| *deferred_in > clean);
         state.view = view;
         self.changed.notify_waiters();
         true
+    }
+
+    /// That writes are deferred in `epoch` is durably noted. A node that has just come in takes over objects from others, who may
+    /// read their own copies until they know: it answers for no write before all of them have told that they are in this epoch
+    /// (`heard_suspects`).
+    pub fn begin_deferring(&self, epoch: Epoch) {
+        let mut state = self.state();
+        if state.view.epoch() == epoch && state.continued {
+            state.deferring = true;
+            self.defer_parked(&mut state);
+        }
     }
 
     /// Objects that must be compared before anything else is: a writer left them half-written.
@@ -375,6 +394,7 @@ impl Holder {
                 if write.answer.is_some() && self.may_defer(state, &write.request, cost, last_was_deferred) {
                     note_write(state, &write.request);
                     state.deferred_bytes += cost;
+                    state.owed.insert(oid, write.request.epoch);
                     write.data = Bytes::copy_from_slice(&write.data);
                     if let Some(answer) = write.answer.take() {
                         // The connection may be gone.
@@ -500,6 +520,16 @@ impl Holder {
         if state.view.epoch() == epoch {
             state.deferring = false;
         }
+    }
+
+    /// See `history::Answer`.
+    pub fn deferred_before(&self) -> Option<Epoch> {
+        self.deferred_before
+    }
+
+    /// See `history::Answer`.
+    pub fn owes_nothing(&self, oid: Oid) -> bool {
+        planted::is(Bug::HiddenDebt) || !self.state().owed.contains_key(&oid)
     }
 
     /// Whether deferred writes of `epoch` are not in their copies yet.
@@ -694,6 +724,7 @@ impl Holder {
         if self.may_defer(state, request, deferred_cost(data.len()), last_was_deferred) {
             note_write(state, request);
             state.deferred_bytes += deferred_cost(data.len());
+            state.owed.insert(oid, request.epoch);
             // A copy: the payload is a slice of a receive buffer that is many times as large.
             let data = Bytes::copy_from_slice(&data);
             state.parked.entry(oid).or_default().push_back(Parked { request: *request, data, answer: None });
@@ -726,7 +757,8 @@ impl Holder {
         }
         let Some(at) = state.view.locate(oid) else { return false };
         let version = self.store.entry(oid).map(|entry| entry.version);
-        let own = Answer { node: self.node, version, clean_through: self.store.clean_through() };
+        let clean_through = self.store.clean_through();
+        let own = Answer { node: self.node, version, clean_through, owes_nothing: false, deferred_before: None };
         // What is in the memory of this node is no copy that outlasts it.
         let min_copies = state.view.state.min_copies(at.copies.now());
         !is_current(state, self.node, oid) && state.view.history.may_defer(&own, at.key, at.copies, min_copies)

@@ -57,7 +57,7 @@ async fn serve(data: Data, connection: Connection) -> std::io::Result<()> {
         return Ok(());
     }
     while let Some((request, payload)) = next(&mut reader).await? {
-        while sender.queued_bytes() > ANSWER_BYTES_MAX {
+        while sender.queued_bytes() > ANSWER_BYTES_MAX && !sender.is_closed() {
             data.world().clock.sleep(Duration::from_millis(1)).await;
         }
         let counted = data.traffic().begin(Side::Peers, work_of(request.kind), payload.len());
@@ -206,6 +206,10 @@ async fn handle(data: &Data, request: &PeerRequest) -> (PeerAnswer, Bytes) {
         header.verdict = Verdict::Invalid;
         return (header, Bytes::new());
     };
+    if request.kind == PeerKind::Query {
+        header.owes_nothing = holder.owes_nothing(request.oid);
+        header.deferred_before = holder.deferred_before();
+    }
     header.clean_through = holder.store().clean_through();
     if let Some(entry) = holder.store().entry(request.oid) {
         header.version = entry.version;

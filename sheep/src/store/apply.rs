@@ -12,8 +12,7 @@ use std::io;
 use std::path::Path;
 use std::sync::Arc;
 
-use sheep_core::stamp::Epoch;
-
+use super::epochs::Epochs;
 use super::hint;
 use super::object_file::{Base, Header, ObjectFile};
 use super::record::{Kind, Record};
@@ -69,7 +68,7 @@ impl Inner {
         }
         self.space.in_flight_bytes -= footprint_bytes(record);
         if record.kind == Kind::Clean {
-            self.clean_applied = Epoch(record.extra as u32);
+            self.epochs_applied = Epochs::from_bits(record.extra);
             return;
         }
         self.changed.insert(record.oid, queued.result);

@@ -1,6 +1,7 @@
 //! Checkpoints: what is applied becomes durable in its place, so that the journal can forget it.
 //!
-//! In this order: write the checksums that objects' writers left in memory; flush the object files and their directories; one transaction of the index with the changed entries
+//! In this order: write the checksums that objects' writers left in memory; flush the object files and their directories;
+//! one transaction of the index with the changed entries
 //! and the new journal tail; then, and only then, give the journal's space back and unlink removed objects' files.
 //! Commits and the applier go on meanwhile.
 //!
@@ -32,7 +33,7 @@ impl Inner {
         Checkpoint {
             number: self.applied,
             tail: self.applied_tail,
-            clean_through: self.clean_applied,
+            epochs: self.epochs_applied,
             changed: std::mem::take(&mut self.changed),
             dirty: std::mem::take(&mut self.dirty),
             renamed: std::mem::take(&mut self.renamed),
@@ -87,7 +88,7 @@ impl Shared {
         }
         self.note_allocated(files, checkpoint);
         let path = self.layout.meta_file(super::layout::INDEX);
-        let state = State { tail: checkpoint.tail, clean_through: checkpoint.clean_through };
+        let state = State { tail: checkpoint.tail, epochs: checkpoint.epochs };
         let mut entries = checkpoint.changed.iter().map(|(oid, packed)| (*oid, *packed));
         let changes = Changes { entries: &mut entries, doomed: &checkpoint.doomed, state };
         let index = self.index.lock().unwrap_or_else(PoisonError::into_inner);

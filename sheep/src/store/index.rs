@@ -18,6 +18,7 @@ use sheep_core::stamp::Epoch;
 
 use super::checksum::crc32c;
 use super::entries::{Entries, Packed};
+use super::epochs::Epochs;
 use super::fields::{u32_at, u64_at};
 use super::journal::Position;
 use crate::world::disk::{File, Files, OpenMode};
@@ -28,40 +29,61 @@ const OBJECTS: TableDefinition<u64, &[u8]> = TableDefinition::new("objects");
 const DOOMED: TableDefinition<(u64, u8), ()> = TableDefinition::new("removed");
 const META: TableDefinition<&str, &[u8]> = TableDefinition::new("meta");
 const STATE_KEY: &str = "state";
+/// Beside `STATE_KEY`, so that an earlier version, which does not know it, can go on with the index.
+const EPOCHS_KEY: &str = "epochs";
 
 /// Memory that redb may use for pages. Everything is read once, at start, and written in bulk.
 const CACHE_BYTES: usize = 8 << 20;
 
 /// What a checkpoint makes durable besides entries.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct State {
     /// The first record that the entries do not contain.
     pub tail: Position,
-    /// See [`super::Store::clean_through`].
-    pub clean_through: Epoch,
+    /// As of that record.
+    pub epochs: Epochs,
 }
 
 const STATE_BYTES: usize = 28;
 
 impl State {
     fn encode(self) -> [u8; STATE_BYTES] {
+        self.encode_with(self.epochs.clean_through)
+    }
+
+    /// The same with the other epoch instead: what belongs to another tail was written by an earlier version since.
+    fn encode_epochs(self) -> [u8; STATE_BYTES] {
+        self.encode_with(self.epochs.deferred_through.map_or(Epoch(0), |epoch| Epoch(epoch.0.saturating_add(1))))
+    }
+
+    fn encode_with(self, epoch: Epoch) -> [u8; STATE_BYTES] {
         let mut bytes = [0; STATE_BYTES];
         bytes[0..8].copy_from_slice(&self.tail.offset.to_le_bytes());
         bytes[8..16].copy_from_slice(&self.tail.sequence.to_le_bytes());
         bytes[16..20].copy_from_slice(&self.tail.skip.to_le_bytes());
-        bytes[20..24].copy_from_slice(&self.clean_through.0.to_le_bytes());
+        bytes[20..24].copy_from_slice(&epoch.0.to_le_bytes());
         let crc = crc32c(&bytes[..24]);
         bytes[24..28].copy_from_slice(&crc.to_le_bytes());
         bytes
     }
 
-    fn decode(bytes: &[u8]) -> Option<State> {
-        if bytes.len() != STATE_BYTES || u32_at(bytes, 24)? != crc32c(&bytes[..24]) {
-            return None;
+    fn decode(bytes: &[u8], epochs: Option<&[u8]>) -> Option<State> {
+        let (tail, clean_through) = decode_with(bytes)?;
+        let mut deferred_through = None;
+        if let Some(epochs) = epochs {
+            let (as_of, deferred) = decode_with(epochs)?;
+            deferred_through = deferred.0.checked_sub(1).map(Epoch).filter(|_| as_of == tail);
         }
-        let tail = Position { offset: u64_at(bytes, 0)?, sequence: u64_at(bytes, 8)?, skip: u32_at(bytes, 16)? };
-        Some(State { tail, clean_through: Epoch(u32_at(bytes, 20)?) })
+        Some(State { tail, epochs: Epochs { clean_through, deferred_through } })
     }
+}
+
+fn decode_with(bytes: &[u8]) -> Option<(Position, Epoch)> {
+    if bytes.len() != STATE_BYTES || u32_at(bytes, 24)? != crc32c(&bytes[..24]) {
+        return None;
+    }
+    let tail = Position { offset: u64_at(bytes, 0)?, sequence: u64_at(bytes, 8)?, skip: u32_at(bytes, 16)? };
+    Some((tail, Epoch(u32_at(bytes, 20)?)))
 }
 
 /// Why the index could not be used.
@@ -98,7 +120,6 @@ impl<E: Into<redb::Error>> From<E> for IndexError {
 }
 
 /// Everything read at start.
-#[derive(Default)]
 pub struct Loaded {
     /// All objects.
     pub entries: Entries,
@@ -159,7 +180,9 @@ impl Index {
             return Ok(None);
         };
         let damaged = |what: &str| IndexError::Damaged(what.to_string());
-        let state = State::decode(state.value()).ok_or_else(|| damaged("the journal position is damaged"))?;
+        let epochs = meta.get(EPOCHS_KEY)?;
+        let state = State::decode(state.value(), epochs.as_ref().map(redb::AccessGuard::value));
+        let state = state.ok_or_else(|| damaged("the journal position is damaged"))?;
         let entry = |row: Result<(redb::AccessGuard<'_, u64>, redb::AccessGuard<'_, &[u8]>), redb::StorageError>| {
             let (oid, value) = row?;
             let packed = Packed::decode(value.value(), oid.value());
@@ -168,7 +191,7 @@ impl Index {
             Ok::<_, IndexError>((oid.value(), packed))
         };
         let entries = transaction.open_table(OBJECTS)?.iter()?.map(entry).collect::<Result<Entries, IndexError>>()?;
-        let mut loaded = Loaded { entries, state, ..Loaded::default() };
+        let mut loaded = Loaded { entries, state, doomed: Vec::new() };
         match transaction.open_table(DOOMED) {
             Ok(doomed) => {
                 for row in doomed.iter()? {
@@ -212,7 +235,9 @@ impl Index {
             for removed in changes.doomed {
                 doomed.insert(removed, ())?;
             }
-            transaction.open_table(META)?.insert(STATE_KEY, &changes.state.encode()[..])?;
+            let mut meta = transaction.open_table(META)?;
+            meta.insert(STATE_KEY, &changes.state.encode()[..])?;
+            meta.insert(EPOCHS_KEY, &changes.state.encode_epochs()[..])?;
         }
         transaction.commit()?;
         Ok(())
@@ -273,7 +298,8 @@ mod tests {
         let index = Index::open(&RealFiles, &path, true).unwrap();
         assert!(index.load().unwrap().is_none());
         let packed = Packed::new(Version::default(), 4096, 1);
-        let state = State { tail: Position { offset: 8192, sequence: 3, skip: 1 }, clean_through: Epoch(4) };
+        let epochs = Epochs { clean_through: Epoch(4), deferred_through: Some(Epoch(3)) };
+        let state = State { tail: Position { offset: 8192, sequence: 3, skip: 1 }, epochs };
         let mut rows = (0..1000).map(|oid| (oid, Some(packed)));
         index.commit(Changes { entries: &mut rows, doomed: &[(5000, 1)], state }).unwrap();
         let mut rows = (0..10).map(|oid| (oid, None));
@@ -285,5 +311,18 @@ mod tests {
         // Removed from one disk, made again on another one and removed there, all since the last checkpoint.
         assert_eq!(loaded.doomed, [(5001, 0), (5001, 1)]);
         assert_eq!(loaded.state, state);
+    }
+
+    #[test]
+    fn what_an_earlier_version_did_meanwhile_is_not_known() {
+        let epochs = Epochs { clean_through: Epoch(4), deferred_through: Some(Epoch(3)) };
+        let ours = State { tail: Position { offset: 8192, sequence: 3, skip: 1 }, epochs };
+        let later = State { tail: Position { offset: 12288, ..ours.tail }, ..ours };
+        let decoded = |state: State, epochs: State| State::decode(&state.encode(), Some(&epochs.encode_epochs()));
+        assert_eq!(decoded(ours, ours), Some(ours));
+        let unknown = Epochs { deferred_through: None, ..epochs };
+        assert_eq!(decoded(later, ours), Some(State { epochs: unknown, ..later }));
+        assert_eq!(State::decode(&ours.encode(), None), Some(State { epochs: unknown, ..ours }));
+        assert_eq!(State::decode(&ours.encode(), Some(&[0; STATE_BYTES])), None);
     }
 }

@@ -27,6 +27,7 @@ mod checkpoint;
 mod checksum;
 mod commit;
 mod entries;
+mod epochs;
 mod fields;
 mod handles;
 mod index;
@@ -356,7 +357,13 @@ impl Store {
 
     /// The last epoch that [`Store::set_clean_through`] set; 0 at first.
     pub fn clean_through(&self) -> Epoch {
-        self.shared.lock().clean_through
+        self.shared.lock().epochs.clean_through
+    }
+
+    /// The last epoch that [`Store::note_deferring`] set, or an earlier process; none if an earlier
+    /// version of it may have been the last.
+    pub fn deferred_through(&self) -> Option<Epoch> {
+        self.shared.lock().epochs.deferred_through
     }
 
     /// The state that the floors above saved, or `None` if they never did.

@@ -14,10 +14,10 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use sheep_core::member::NodeId;
-use sheep_core::stamp::Epoch;
 use tokio::sync::watch;
 
 use super::entries::Entries;
+use super::epochs::Epochs;
 use super::index::{Changes, Index, IndexError, Loaded, State};
 use super::journal::{End, JOURNAL_BYTES_MAX, JOURNAL_BYTES_MIN, Journal, Opened, Position};
 use super::layout::{self, Layout};
@@ -246,7 +246,7 @@ impl Opening<'_> {
         let index = Index::open(self.files, &path, self.config.sync).map_err(|error| index_error(&path, error))?;
         // Sequence 0 never exists, so that zeros are no batch.
         let tail = Position { offset: 0, sequence: 1, skip: 0 };
-        let state = State { tail, clean_through: Epoch(0) };
+        let state = State { tail, epochs: Epochs::NONE };
         let changes = Changes { entries: &mut std::iter::empty(), doomed: &[], state };
         index.commit(changes).map_err(|error| index_error(&path, error))
     }
@@ -336,7 +336,7 @@ impl Opening<'_> {
         lock: Box<dyn FileLock>,
     ) -> Result<Shared, OpenError> {
         check_disks(&layout, &loaded.entries)?;
-        let mut inner = Inner::new(loaded.entries, loaded.state.clean_through, loaded.state.tail, journal.ring_bytes());
+        let mut inner = Inner::new(loaded.entries, loaded.state.epochs, loaded.state.tail, journal.ring_bytes());
         let known = |(_, disk): &(u64, u8)| usize::from(*disk) < layout.disks.len();
         inner.doomed = loaded.doomed.into_iter().filter(known).collect();
         Ok(Shared {
@@ -484,7 +484,7 @@ impl Shared {
         let mut inner = self.lock();
         let result = record.outcome(before);
         if record.kind == Kind::Clean {
-            inner.clean_through = Epoch(record.extra as u32);
+            inner.epochs = Epochs::from_bits(record.extra);
         } else {
             inner.entries.set(record.oid, result);
         }

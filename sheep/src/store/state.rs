@@ -14,10 +14,10 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 
 use sheep_core::member::NodeId;
-use sheep_core::stamp::Epoch;
 use tokio::sync::{oneshot, watch};
 
 use super::entries::{Entries, Packed};
+use super::epochs::Epochs;
 use super::handles::Handles;
 use super::index::Index;
 use super::journal::{Journal, Position};
@@ -99,7 +99,7 @@ pub struct Checkpoint {
     /// Where replay begins after it.
     pub tail: Position,
     /// As of the last applied record.
-    pub clean_through: Epoch,
+    pub epochs: Epochs,
     /// Entries that changed since the last one.
     pub changed: BTreeMap<u64, Option<Packed>>,
     /// Objects whose files must be flushed, and their disks.
@@ -148,7 +148,7 @@ pub struct Inner {
     /// Every object as of the last submission.
     pub entries: Entries,
     /// As of the last submission.
-    pub clean_through: Epoch,
+    pub epochs: Epochs,
     /// Submitted and unapplied changes, by object.
     pub overlay: HashMap<u64, VecDeque<Pending>>,
     /// Open object files.
@@ -210,7 +210,7 @@ pub struct Inner {
     /// Disks whose directories have unsynced names.
     pub renamed: BTreeSet<u8>,
     /// As of the last applied record.
-    pub clean_applied: Epoch,
+    pub epochs_applied: Epochs,
     /// Removed objects whose files are still there, and their disks.
     pub doomed: BTreeSet<(u64, u8)>,
     /// Of those, the ones that a finished checkpoint has forgotten.
@@ -246,10 +246,10 @@ pub struct Due {
 
 impl Inner {
     /// A store whose index file ends at `tail`.
-    pub fn new(entries: Entries, clean_through: Epoch, tail: Position, ring_bytes: u64) -> Inner {
+    pub fn new(entries: Entries, epochs: Epochs, tail: Position, ring_bytes: u64) -> Inner {
         Inner {
             entries,
-            clean_through,
+            epochs,
             overlay: HashMap::new(),
             handles: Handles::default(),
             replacements: 0,
@@ -278,7 +278,7 @@ impl Inner {
             changed: BTreeMap::new(),
             dirty: BTreeMap::new(),
             renamed: BTreeSet::new(),
-            clean_applied: clean_through,
+            epochs_applied: epochs,
             doomed: BTreeSet::new(),
             unlinkable: VecDeque::new(),
             pinned: BTreeSet::new(),

@@ -16,6 +16,7 @@ use sheep_core::stamp::{Epoch, Version};
 
 use super::commit::cost_of;
 use super::entries::Packed;
+use super::epochs::Epochs;
 use super::layout::Layout;
 use super::object_file::OBJECT_BYTES_MAX;
 use super::record::{Kind, Record};
@@ -142,7 +143,17 @@ impl Store {
 
     /// Remembers the epoch through which everything here is known to be the newest. Durable when the ticket completes.
     pub fn set_clean_through(&self, epoch: Epoch) -> Ticket {
-        self.shared.with(|inner| inner.push_small(Record { extra: u64::from(epoch.0), ..small(Kind::Clean) }))
+        self.shared.with(|inner| inner.push_epochs(Epochs { clean_through: epoch, ..inner.epochs }))
+    }
+
+    /// Remembers the epoch in which writes may be answered from now on before they are submitted here. Durable when the ticket
+    /// completes.
+    pub fn note_deferring(&self, epoch: Epoch) -> Ticket {
+        self.shared.with(|inner| {
+            // What is not known is of earlier epochs.
+            let deferred_through = inner.epochs.deferred_through.max(Some(epoch));
+            inner.push_epochs(Epochs { deferred_through, ..inner.epochs })
+        })
     }
 }
 
@@ -255,12 +266,16 @@ impl Inner {
         self.push(record, cost, Durability::Durable)
     }
 
+    fn push_epochs(&mut self, epochs: Epochs) -> Ticket {
+        self.push_small(Record { extra: epochs.to_bits(), ..small(Kind::Clean) })
+    }
+
     fn push(&mut self, record: Record, cost: u64, durability: Durability) -> Ticket {
         self.submitted += 1;
         let number = self.submitted;
         let mut result = None;
         if record.kind == Kind::Clean {
-            self.clean_through = Epoch(record.extra as u32);
+            self.epochs = Epochs::from_bits(record.extra);
         } else {
             result = record.outcome(self.entries.get(record.oid));
             self.entries.set(record.oid, result);

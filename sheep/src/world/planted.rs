@@ -43,10 +43,12 @@ pub enum Bug {
     ReaderBehind,
     /// What is found on the way up to a volume's map is believed although a map was made below it meanwhile.
     PassedMap,
+    /// A node that answered writes before its copy had them says that it did not.
+    HiddenDebt,
 }
 
 /// All of them.
-pub const ALL: [Bug; 19] = [
+pub const ALL: [Bug; 20] = [
     Bug::EarlyAcknowledge,
     Bug::OpenFence,
     Bug::SkippedFlush,
@@ -66,6 +68,7 @@ pub const ALL: [Bug; 19] = [
     Bug::KeptGarbage,
     Bug::ReaderBehind,
     Bug::PassedMap,
+    Bug::HiddenDebt,
 ];
 
 #[cfg(feature = "planted-bugs")]

@@ -13,6 +13,7 @@
 //! | [`space_honest`] | P8: nodes tell the space that their objects take |
 //! | [`copies_agree`] | P2, P4: when all is calm every object has all its copies, and they are the same |
 //! | [`healed_when_calm`] | P5: when the faults are over everything is served again, by itself |
+//! | [`outage`] | P5: after an outage that one machine does not outlive, the others go on by themselves |
 
 pub mod copies_agree;
 pub mod flushed_kept;
@@ -21,6 +22,7 @@ pub mod nothing_foreign;
 pub mod nothing_orphaned;
 pub mod one_disk;
 pub mod one_history;
+pub mod outage;
 pub mod snapshots_immutable;
 pub mod space_honest;
 pub mod volumes_as_written;

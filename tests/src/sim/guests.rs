@@ -160,19 +160,37 @@ impl Load {
     ) -> io::Result<()> {
         let block = random.below(self.disk.block_count.into()) as u32;
         if random.below(100) < write_percent {
-            let value = self.oracle.next_value();
-            let start = self.now();
             let piece_bytes = if self.halves && random.one_in(4) { BLOCK_BYTES / 2 } else { BLOCK_BYTES };
-            let written = within(PATIENCE, self.disk.write(client, block, value, piece_bytes)).await;
-            let end = written.is_ok().then(|| self.now());
-            self.note(Operation { client: number, block, start, end, action: Action::Write(value) });
-            tracing::debug!("guest {number}: block {block} write {value} {written:?}");
-            if let Err(error) = &written {
-                tracing::info!("guest {number}: a write to block {block} has an unknown outcome: {error}");
-            }
-            return written;
+            return self.write(client, number, block, piece_bytes).await;
         }
         self.read(client, number, block, PATIENCE).await
+    }
+
+    async fn write(&self, client: &mut SimClient, number: u32, block: u32, piece_bytes: usize) -> io::Result<()> {
+        let value = self.oracle.next_value();
+        let start = self.now();
+        let written = within(PATIENCE, self.disk.write(client, block, value, piece_bytes)).await;
+        let end = written.is_ok().then(|| self.now());
+        self.note(Operation { client: number, block, start, end, action: Action::Write(value) });
+        tracing::debug!("guest {number}: block {block} write {value} {written:?}");
+        if let Err(error) = &written {
+            tracing::info!("guest {number}: a write to block {block} has an unknown outcome: {error}");
+        }
+        written
+    }
+
+    /// Writes every block anew, each through another node than `lost`, and reads it through one more.
+    pub async fn work_without(&self, lost: usize) -> io::Result<()> {
+        const NUMBER: u32 = 2000;
+        let hosts: Vec<usize> = (0..self.host_count).filter(|host| *host != lost).collect();
+        for block in 0..self.disk.block_count {
+            let through = |index: u32| hosts[(block + index) as usize % hosts.len()];
+            let mut client = within(CONNECT_PATIENCE, SimClient::connect(&self.net, through(0))).await?;
+            self.write(&mut client, NUMBER, block, BLOCK_BYTES).await?;
+            let mut client = within(CONNECT_PATIENCE, SimClient::connect(&self.net, through(1))).await?;
+            self.read(&mut client, NUMBER, block, PATIENCE).await?;
+        }
+        Ok(())
     }
 
     async fn read(&self, client: &mut SimClient, number: u32, block: u32, patience: Duration) -> io::Result<()> {

@@ -86,7 +86,22 @@ impl Hands {
         self.inflict(Fault::Kill(host, 300));
     }
 
-    fn start(&mut self, host: usize) {
+    /// Ends most processes at the same moment, half of them with their machines. All but `lost` come back.
+    pub fn fail_most(&mut self, lost: usize) {
+        for host in 0..self.cluster.count() {
+            let away_ms = 1 + self.random.below(3000);
+            match self.random.below(4) {
+                0 if host != lost => {}
+                0 | 1 => self.inflict(Fault::Kill(host, away_ms)),
+                _ => self.inflict(Fault::PowerOff(host, away_ms)),
+            }
+        }
+        tracing::info!("machine {lost} does not come back");
+        self.starts[lost] = None;
+    }
+
+    /// Starts a machine that is off.
+    pub fn start(&mut self, host: usize) {
         self.starts[host] = None;
         if !self.cluster.is_running(host) {
             self.lives.lock().unwrap_or_else(PoisonError::into_inner)[host] += 1;

@@ -17,7 +17,7 @@ use super::volume_guest::VolumeGuest;
 use crate::faults::{Changes, Fault, Kinds, pauses};
 use crate::invariants::one_history::Epochs;
 use crate::invariants::{
-    copies_agree, flushed_kept, healed_when_calm, nothing_foreign, nothing_orphaned, one_disk, space_honest,
+    copies_agree, flushed_kept, healed_when_calm, nothing_foreign, nothing_orphaned, one_disk, outage, space_honest,
     zones_distinct,
 };
 use crate::oracle::Oracle;
@@ -62,6 +62,8 @@ pub struct Plan {
     pub writes_beside: bool,
     /// Whether the disks are compared with what is referred to at the end, after one more change of members.
     pub is_swept: bool,
+    /// The machine that stays away after an outage in the end, if there is one: the others go on without it.
+    pub lost_in_outage: Option<usize>,
     /// Of a hundred operations, how many are writes.
     pub write_percent: u64,
     /// Whether some writes go in halves: to a part of a block, what is there counts.
@@ -107,7 +109,18 @@ impl Plan {
         plan.writes_beside = Random::new(seed ^ 0x6265_7369).one_in(2);
         plan.alters = random.one_in(3) && !changes.wiped && !changes.damaged && kinds.rot.is_none();
         plan.is_swept = random.one_in(2);
+        plan.lost_in_outage = plan.draw_outage();
         plan
+    }
+
+    /// Only where the design promises that the others can go on: every object has one copy elsewhere, of three one more, and a
+    /// copy that is damaged there has a sound one.
+    fn draw_outage(&self) -> Option<usize> {
+        let zones_left = self.shape.zones - 1;
+        let needed = if self.copies > 2 { 2 } else { 1 };
+        let goes_on = self.copies > 1 && zones_left >= needed && self.kinds.rot.is_none() && !self.loses_a_disk();
+        let mut random = Random::new(self.seed ^ 0x6f75_7461);
+        (random.one_in(3) && goes_on).then(|| random.below(self.shape.machines as u64) as usize)
     }
 
     /// Whether one machine comes back with an empty disk.
@@ -136,6 +149,7 @@ impl Plan {
             alters: false,
             writes_beside: false,
             is_swept: false,
+            lost_in_outage: None,
             write_percent: 30 + random.below(60),
             halves: false,
             rest_ms: random.below(40),
@@ -179,6 +193,10 @@ enum Stage {
     Healing,
     /// One process ends once more, and comes back.
     Shaken,
+    /// Most machines fail at once, and one of them does not come back.
+    Outage(usize),
+    /// It does, after all.
+    Whole(usize),
 }
 
 #[derive(Clone)]
@@ -243,6 +261,15 @@ async fn script(plan: Plan, net: SimNet, places: Places, shared: Shared) -> Vec<
     if violations.is_empty() && plan.is_swept {
         shared.set_stage(Stage::Shaken);
         tokio::time::sleep(SHAKEN_FOR).await;
+        violations.extend(healed_when_calm::violations(&net, plan.shape.machines).await);
+    }
+    if violations.is_empty()
+        && let Some(lost) = plan.lost_in_outage
+    {
+        shared.set_stage(Stage::Outage(lost));
+        tokio::time::sleep(SHAKEN_FOR).await;
+        violations.extend(outage::violations(&load, lost).await);
+        shared.set_stage(Stage::Whole(lost));
         violations.extend(healed_when_calm::violations(&net, plan.shape.machines).await);
     }
     if violations.is_empty() {
@@ -364,7 +391,7 @@ fn play(hands: &mut Hands, plan: &Plan, shared: &Shared) -> Vec<String> {
     let places = Places { shape: plan.shape, disks: hands.cluster.disks() };
     let script = hands.cluster.clients().spawn(script(plan.clone(), net, places, shared.clone()));
     let mut faults = plan.faults.iter().peekable();
-    let (mut loaded_at, mut is_shaken) = (None, false);
+    let (mut loaded_at, mut acted_in) = (None, Stage::Founding);
     while !script.is_finished() {
         if hands.cluster.now_ms() > RUN_MS_MAX {
             return vec!["healed when calm: the run does not come to an end".to_owned()];
@@ -372,8 +399,13 @@ fn play(hands: &mut Hands, plan: &Plan, shared: &Shared) -> Vec<String> {
         let stage = shared.stage();
         hands.tick(stage == Stage::Healing);
         let now = hands.cluster.now_ms();
-        if stage == Stage::Shaken && !std::mem::replace(&mut is_shaken, true) {
-            hands.shake();
+        if std::mem::replace(&mut acted_in, stage) != stage {
+            match stage {
+                Stage::Shaken => hands.shake(),
+                Stage::Outage(lost) => hands.fail_most(lost),
+                Stage::Whole(lost) => hands.start(lost),
+                Stage::Founding | Stage::Loaded | Stage::Healing => {}
+            }
         }
         if stage != Stage::Loaded {
             continue;
