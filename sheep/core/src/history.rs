@@ -150,13 +150,21 @@ impl History {
     }
 
     /// Whether a node whose copy is not current may answer a write of the current epoch before the copy has it: so many steady
-    /// holders must have it as a write has to have copies, and nothing that this node says after a crash, or in a later epoch,
-    /// may count as if its copy had taken what this epoch wrote.
-    pub fn may_defer(&self, own: &Answer, key: PlacementKey, copies: Copies, min_copies: u8) -> bool {
+    /// holders that were `heard` in it must have it as a write has to have copies, and nothing that this node says after a crash,
+    /// or in a later epoch, may count as if its copy had taken what this epoch wrote.
+    pub fn may_defer(
+        &self,
+        own: &Answer,
+        key: PlacementKey,
+        copies: Copies,
+        min_copies: u8,
+        heard: &BTreeSet<NodeId>,
+    ) -> bool {
         let Some(last) = self.epochs.last() else { return false };
         let Some(member) = last.record.members.get(&own.node) else { return false };
         let steady = self.steady_holders(last, key, copies);
-        if steady.len() < usize::from(min_copies.max(1)) || steady.contains(&own.node) {
+        let there = steady.iter().filter(|node| heard.contains(node)).count();
+        if there < usize::from(min_copies.max(1)) || steady.contains(&own.node) {
             return false;
         }
         let behind = |as_of: Epoch| as_of < self.current() && (as_of.next() < self.current() || member.since > as_of);

@@ -62,7 +62,12 @@ impl Story {
     }
 
     fn may_defer_beside(&self, own: &Answer, min_copies: u8) -> bool {
-        History::of(&self.state, None).may_defer(own, key(), COPIES, min_copies)
+        self.may_defer_having_heard(own, min_copies, &[A, B, C])
+    }
+
+    fn may_defer_having_heard(&self, own: &Answer, min_copies: u8, heard: &[u64]) -> bool {
+        let heard = heard.iter().copied().map(NodeId).collect();
+        History::of(&self.state, None).may_defer(own, key(), COPIES, min_copies, &heard)
     }
 
     fn decide(&self, answers: &[Answer]) -> Decision {
@@ -245,6 +250,8 @@ fn who_deferred_writes_is_no_witness_of_them() {
     let stale = has(C, 1, stamp(1, 5), 1);
     assert!(story.may_defer(&stale) && story.may_defer_beside(&stale, 2));
     assert!(!story.may_defer(&has(A, 2, stamp(1, 8), 2)), "a steady holder has every write");
+    assert!(!story.may_defer_having_heard(&stale, 1, &[]), "they may be dead");
+    assert!(story.may_defer_having_heard(&stale, 1, &[B]) && !story.may_defer_having_heard(&stale, 2, &[B]));
     // 4: B dies, A takes more and C defers on; 5: A dies; 6: B is back.
     story.dies(B);
     assert!(story.may_defer(&stale));
@@ -343,7 +350,8 @@ fn the_holders_of_an_epoch_are_those_of_its_number_of_copies() {
     let (first, second) = (history.holders(key(), copies)[0].get(), history.holders(key(), copies)[1].get());
     let third = [A, B, C].into_iter().find(|node| ![first, second].contains(node)).unwrap();
     let decide = |story: &Story, answers: &[Answer]| History::of(&story.state, None).decide(key(), copies, answers);
-    let may_defer = |own: &Answer| History::of(&story.state, None).may_defer(own, key(), copies, 1);
+    let heard = [A, B, C, 4].map(NodeId).into();
+    let may_defer = |own: &Answer| History::of(&story.state, None).may_defer(own, key(), copies, 1, &heard);
     // The new holder's silence means nothing, and it may defer; the one that had it all along may not.
     let answers = [has(first, 1, stamp(1, 5), 1), has_nothing(second, 1), has_nothing(third, 1)];
     assert_eq!(decide(&story, &answers), newest(stamp(1, 5), &[first]));

@@ -19,7 +19,7 @@
 //!    them, not before. Deferred writes are always the first of those parked for an object.
 
 use std::cmp::Ordering;
-use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet, VecDeque};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use bytes::Bytes;
@@ -78,6 +78,8 @@ struct State {
     parked: HashMap<Oid, VecDeque<Parked>>,
     /// Whether writes may be deferred in this epoch.
     deferring: bool,
+    /// Members that have said in this epoch that they are there.
+    heard: BTreeSet<NodeId>,
     /// Bytes of deferred writes.
     deferred_bytes: u64,
     /// Objects of which writes were deferred, and in which epoch last, as long as a comparison may go back to it. Unlike what
@@ -233,6 +235,7 @@ impl Holder {
             confirmed: HashSet::new(),
             parked: HashMap::new(),
             deferring: false,
+            heard: BTreeSet::new(),
             deferred_bytes: 0,
             owed: HashMap::new(),
             dropped: HashSet::new(),
@@ -331,6 +334,7 @@ impl Holder {
         // Dropping the parked writes answers `OldEpoch`: their gateway sends them again in this epoch.
         state.parked.clear();
         state.deferring = false;
+        state.heard.clear();
         state.dropped.clear();
         state.deferred_bytes = 0;
         // Everybody in the new epoch begins with that clean one, or a later one.
@@ -348,6 +352,15 @@ impl Holder {
         let mut state = self.state();
         if state.view.epoch() == epoch && state.continued {
             state.deferring = true;
+            self.defer_parked(&mut state);
+        }
+    }
+
+    /// A member said that it is in `epoch`: beside it writes may be deferred. One that was dead when the epoch began, although it was
+    /// still counted, takes no part in any write.
+    pub fn heard(&self, node: NodeId, epoch: Epoch) {
+        let mut state = self.state();
+        if state.view.epoch() == epoch && state.heard.insert(node) && state.deferring {
             self.defer_parked(&mut state);
         }
     }
@@ -761,7 +774,8 @@ impl Holder {
         let own = Answer { node: self.node, version, clean_through, owes_nothing: false, deferred_before: None };
         // What is in the memory of this node is no copy that outlasts it.
         let min_copies = state.view.state.min_copies(at.copies.now());
-        !is_current(state, self.node, oid) && state.view.history.may_defer(&own, at.key, at.copies, min_copies)
+        !is_current(state, self.node, oid)
+            && state.view.history.may_defer(&own, at.key, at.copies, min_copies, &state.heard)
     }
 
     fn waits_for(&self, state: &State, request: &PeerRequest) -> Option<Oid> {

@@ -114,13 +114,13 @@ impl Plan {
     }
 
     /// Only where the design promises that the others can go on: every object has one copy elsewhere, of three one more, and a
-    /// copy that is damaged there has a sound one.
+    /// copy that is damaged there has a sound one. Zones are machines: while of several zones one is left that has several
+    /// machines, each of these may take writes alone, and the one that is lost may have.
     fn draw_outage(&self) -> Option<usize> {
-        let zones_left = self.shape.zones - 1;
-        let needed = if self.copies > 2 { 2 } else { 1 };
-        let goes_on = self.copies > 1 && zones_left >= needed && self.kinds.rot.is_none() && !self.loses_a_disk();
+        let goes_on = self.copies > 1 && self.shape.zones == self.shape.machines;
+        let is_whole = self.kinds.rot.is_none() && !self.loses_a_disk();
         let mut random = Random::new(self.seed ^ 0x6f75_7461);
-        (random.one_in(3) && goes_on).then(|| random.below(self.shape.machines as u64) as usize)
+        (random.one_in(3) && goes_on && is_whole).then(|| random.below(self.shape.machines as u64) as usize)
     }
 
     /// Whether one machine comes back with an empty disk.

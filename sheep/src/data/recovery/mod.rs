@@ -9,6 +9,7 @@
 //! change of members ends the run and begins the next.
 
 pub mod fetch;
+mod hearing;
 pub mod pace;
 pub mod piece;
 pub mod salvage;
@@ -165,8 +166,9 @@ async fn attempt(data: &Data, holder: &Arc<Holder>, epoch: Epoch) -> Result<(), 
     if view.epoch() != epoch {
         return Err(RecoveryEnd::EpochOver);
     }
+    let hearing = tokio::spawn(hearing::hear_all(data.clone(), holder.clone(), view.clone()));
     if holder.must_hear_suspects() {
-        let told = gather_suspects(data, holder, &view).await?;
+        let told = hearing.await.map_err(|_| RecoveryEnd::EpochOver)??;
         if !told.is_empty() {
             marks::hit(Mark::HalfWrittenTold);
         }
@@ -220,30 +222,6 @@ async fn pass(data: &Data, epoch: Epoch, work: BTreeSet<Oid>) -> Result<BTreeSet
         note(ended)?;
     }
     Ok(undecided)
-}
-
-/// What every member knows of objects that lost writers left half-written.
-async fn gather_suspects(data: &Data, holder: &Arc<Holder>, view: &Arc<View>) -> Result<BTreeSet<Oid>, RecoveryEnd> {
-    let epoch = view.epoch();
-    let mut suspects = BTreeSet::new();
-    for member in view.state.members.values().filter(|m| !m.member.is_gateway() && m.member.id != data.node()) {
-        loop {
-            let request = PeerRequest::new(PeerKind::Suspects, epoch, data.node());
-            let answer = data.links().call(member.member.id, request, Bytes::new(), PATIENCE).await;
-            if holder.epoch() != epoch {
-                return Err(RecoveryEnd::EpochOver);
-            }
-            match answer {
-                Ok((answer, payload)) if answer.verdict == Verdict::Ok => {
-                    suspects
-                        .extend(payload.as_chunks::<8>().0.iter().map(|raw| Oid::from_raw(u64::from_le_bytes(*raw))));
-                    break;
-                }
-                Ok(_) | Err(_) => wait_for_change(data, holder).await,
-            }
-        }
-    }
-    Ok(suspects)
 }
 
 fn holds(view: &View, node: NodeId, oid: Oid) -> bool {
