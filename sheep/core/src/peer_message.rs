@@ -123,6 +123,9 @@ pub const FLAG_WORKING: u8 = 128;
 /// to say what became of that one; see `write_fate`. The same bit as `FLAG_LIVE`, which is of reads.
 pub const FLAG_AGAIN: u8 = 64;
 
+/// The generation in the stamp of a read whose sender does not hold the VDI's lease.
+pub const NO_LEASE: u32 = u32::MAX;
+
 /// One request's header.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct PeerRequest {
@@ -138,7 +141,7 @@ pub struct PeerRequest {
     pub oid: Oid,
     /// What to copy.
     pub source: Oid,
-    /// Which write.
+    /// Which write. Of a read, the generation of the lease that the sender holds, or [`NO_LEASE`]; an earlier version says 0.
     pub stamp: Stamp,
     /// Bytes wanted.
     pub length: u32,

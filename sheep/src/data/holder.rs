@@ -1067,8 +1067,10 @@ fn unsettled(state: &State, request: &PeerRequest) -> bool {
     if planted::is(Bug::UnsettledReads) {
         return false;
     }
-    let marks = state.marks.get(&request.oid.vid());
-    marks.is_some_and(|marks| marks.writer != Some(request.sender) && marks.last_write.contains_key(&request.oid))
+    let Some(marks) = state.marks.get(&request.oid.vid()) else { return false };
+    // A former writer does not wait for its writes any more. An earlier version does not say.
+    let is_former = ![0, marks.generation].contains(&request.stamp.generation) && !planted::is(Bug::FormerWriter);
+    (is_former || marks.writer != Some(request.sender)) && marks.last_write.contains_key(&request.oid)
 }
 
 /// If the lease of an unsettled write is over, as that of a volume that was deleted or frozen under its writer, nobody may ever

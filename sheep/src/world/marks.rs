@@ -26,8 +26,8 @@ marks! {
     WriteSentAgain,
     /// A write that all current holders have waits for more holders.
     WriteWaitsForCopies,
-    /// Some holders refused a write that others took: the copies are made the same again.
-    WriteRefusedBySome,
+    /// A gateway lost its lease while it read under it.
+    LeaseLostWhileRead,
     /// A write waits because a holder's disk is full.
     WriteWaitsForSpace,
     /// A write waits for its object to be brought here.

@@ -45,10 +45,12 @@ pub enum Bug {
     PassedMap,
     /// A node that answered writes before its copy had them says that it did not.
     HiddenDebt,
+    /// A gateway that has lost its lease is shown what it wrote and nobody else has, perhaps.
+    FormerWriter,
 }
 
 /// All of them.
-pub const ALL: [Bug; 20] = [
+pub const ALL: [Bug; 21] = [
     Bug::EarlyAcknowledge,
     Bug::OpenFence,
     Bug::SkippedFlush,
@@ -69,6 +71,7 @@ pub const ALL: [Bug; 20] = [
     Bug::ReaderBehind,
     Bug::PassedMap,
     Bug::HiddenDebt,
+    Bug::FormerWriter,
 ];
 
 #[cfg(feature = "planted-bugs")]

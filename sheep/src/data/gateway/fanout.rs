@@ -246,9 +246,9 @@ fn conclude(data: &Data, lease: &Arc<Lease>, state: &mut LeaseState, sequence: u
         (_, None) => finish(data, lease, state, sequence, Ok(())),
         (0, Some((_, error))) => finish(data, lease, state, sequence, Err(error)),
         // Some have it and some do not: those that do not get the others' copy before the write is over, and until then
-        // nobody reads it or calls it settled.
+        // nobody reads it or calls it settled. A full disk makes writes wait and a failing one says nothing, so that this is for
+        // a copy that its node has lost without noticing.
         (_, Some(_)) => {
-            marks::hit(Mark::WriteRefusedBySome);
             let (oid, refused) = (write.request.oid, std::mem::take(&mut write.refused));
             let (data, lease) = (data.clone(), lease.clone());
             tokio::spawn(async move {

@@ -1,8 +1,9 @@
 //! One client read: the nearest holder whose copy is current, the others if it cannot answer.
 //!
 //! A read that overlaps a write under way on this gateway waits for it, so that no reader sees bytes that a crash could
-//! still take back; a read through a gateway that is not the writer's is marked foreign and waits at the holder. The fence
-//! is looked at after the bytes were read: then nobody can have gone on without this node before they were.
+//! still take back; a read through a gateway that is not the writer's, or has lost the lease with writes under way, waits at
+//! the holder. The fence and the lease are looked at after the bytes were read: then nobody can have gone on without this node
+//! before they were.
 //!
 //! This node may be some moments behind the order: a snapshot that was taken through another node, and written behind, is not
 //! known here yet, or a deleted one whose map is gone already. So every read of a map says what is known here of its VDI. A
@@ -13,13 +14,14 @@ use std::time::Duration;
 use bytes::Bytes;
 use qemu_proto::oid::{ObjectKind, Oid};
 use sheep_core::member::NodeId;
-use sheep_core::peer_message::{FLAG_LIVE, FLAG_WAIT, FLAG_WORKING, PeerKind, PeerRequest, Verdict};
+use sheep_core::peer_message::{FLAG_LIVE, FLAG_WAIT, FLAG_WORKING, NO_LEASE, PeerKind, PeerRequest, Verdict};
 
 use super::ReadFailure;
 use crate::data::Data;
 use crate::data::peer::decode_extents;
 use crate::data::view::View;
 use crate::world::marks::{self, Mark};
+use crate::world::planted::{self, Bug};
 
 /// How long one holder may take to be connected before the next is tried.
 const PATIENCE: Duration = Duration::from_millis(200);
@@ -32,11 +34,20 @@ const ROUNDS_MAX: u32 = 3;
 
 fn request_for(data: &Data, view: &View, oid: Oid, offset: u64, length: usize) -> PeerRequest {
     let mut request = PeerRequest::new(PeerKind::Read, view.epoch(), data.node());
+    let lease = data.leases().held(oid.vid());
+    request.stamp.generation = lease.map_or(NO_LEASE, |lease| lease.generation);
     request.oid = oid;
     request.offset = offset;
     request.length = length as u32;
     request.flags = belief(view, oid);
     request
+}
+
+/// Whether the lease under which a read was sent is gone: what the holder showed to the writer alone is not under way here any more.
+fn lost_its_lease(data: &Data, request: &PeerRequest) -> bool {
+    let asked_under = request.stamp.generation;
+    let held = || data.leases().held(request.oid.vid()).map(|lease| lease.generation);
+    asked_under != NO_LEASE && held() != Some(asked_under) && !planted::is(Bug::FormerWriter)
 }
 
 /// What a reader of a map must tell the holder that it takes the VDI for: see the module.
@@ -68,10 +79,11 @@ pub fn read_now(data: &Data, oid: Oid, offset: u64, length: usize) -> Option<Byt
     if !view.holders(&location).contains(&data.node()) {
         return None;
     }
-    let bytes = holder.read_now(&request_for(data, &view, oid, offset, length))?.ok()?;
+    let request = request_for(data, &view, oid, offset, length);
+    let bytes = holder.read_now(&request)?.ok()?;
     // A write may have begun in between: what was read of it must be on all holders before it is told.
     let began = data.leases().held(oid.vid()).is_some_and(|lease| lease.state().touches(oid, &range));
-    (!began && data.cluster().fence().is_open()).then_some(bytes)
+    (!began && data.cluster().fence().is_open() && !lost_its_lease(data, &request)).then_some(bytes)
 }
 
 /// Reads from the nearest holder that can answer.
@@ -98,6 +110,10 @@ pub async fn read(data: &Data, oid: Oid, offset: u64, length: usize) -> Result<B
                 }
                 if data.cluster().fence().pass().await {
                     // What was read may be old by now.
+                    continue;
+                }
+                if lost_its_lease(data, &request) {
+                    marks::hit(Mark::LeaseLostWhileRead);
                     continue;
                 }
                 return Ok(bytes);
@@ -160,6 +176,7 @@ pub async fn extents(data: &Data, oid: Oid) -> Result<Vec<std::ops::Range<u64>>,
             };
             match answer {
                 Ok(_) | Err(Verdict::Missing) if data.cluster().fence().pass().await => break,
+                Ok(_) if lost_its_lease(data, &request) => break,
                 Ok(extents) => return Ok(extents),
                 Err(Verdict::Missing) => return Err(ReadFailure::Missing),
                 Err(_) => {}
