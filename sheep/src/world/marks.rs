@@ -26,6 +26,8 @@ marks! {
     WriteSentAgain,
     /// A write that all current holders have waits for more holders.
     WriteWaitsForCopies,
+    /// A node that is out asked others where the leader is.
+    LeaderLookedFor,
     /// A gateway lost its lease while it read under it.
     LeaseLostWhileRead,
     /// A write waits because a holder's disk is full.

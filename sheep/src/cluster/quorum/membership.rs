@@ -14,9 +14,10 @@ use sheep_core::command::{Command, Outcome, Refusal};
 use sheep_core::member::NodeId;
 use tokio::sync::mpsc;
 
-use super::messages::{Answer, Card, Join, JoinAnswer, Request, decode};
+use super::messages::{Acquaintance, Answer, Card, Join, JoinAnswer, Request, decode};
 use super::{Asking, Quorum, addresses_of, last_known, lock};
 use crate::cluster::mesh::{ContactError, Peer, Standing};
+use crate::world::marks::{self, Mark};
 
 /// How often a member looks whether it still is one.
 const IN_INTERVAL: Duration = Duration::from_millis(200);
@@ -104,13 +105,33 @@ impl Quorum {
             return;
         };
         for other in known.into_iter().filter(|other| other.node != self.inner.node) {
-            if lock(&self.inner.acquaintances).contains_key(&other.node) {
-                continue;
+            if !lock(&self.inner.acquaintances).contains_key(&other.node) {
+                self.greet(&other).await;
             }
-            for address in other.endpoint.split(',').filter_map(|address| address.parse().ok()) {
-                if self.mesh().contact(address).await.is_ok() {
-                    break;
-                }
+        }
+    }
+
+    /// Goes to where a node is said to be. Whether it is there.
+    async fn greet(&self, other: &Acquaintance) -> bool {
+        for address in other.endpoint.split(',').filter_map(|address| address.parse().ok()) {
+            if self.mesh().contact(address).await.is_ok() {
+                return true;
+            }
+        }
+        false
+    }
+
+    /// Finds a leader that is no member as far as this node knows, so that it keeps no link to it: others know where it is.
+    async fn look_for(&self, leader: NodeId) {
+        for node in self.up() {
+            let Some(Answer::Acquaintances(known)) = self.call(node, &Request::Acquaintances, PATIENCE).await else {
+                continue;
+            };
+            if let Some(found) = known.iter().find(|known| known.node == leader)
+                && self.greet(found).await
+            {
+                marks::hit(Mark::LeaderLookedFor);
+                return;
             }
         }
     }
@@ -142,8 +163,8 @@ impl Quorum {
                     let fingerprint = state.admission.nodes.get(&leader).copied().or(own);
                     let Some(fingerprint) = fingerprint else { return BEG_INTERVAL };
                     self.let_in(&join, fingerprint, true).await;
-                } else {
-                    self.ask_to_join(leader, join).await;
+                } else if !self.ask_to_join(leader, join).await && !self.up().contains(&leader) {
+                    self.look_for(leader).await;
                 }
                 ASK_INTERVAL
             }
@@ -369,7 +390,7 @@ impl Quorum {
     }
 
     /// Whom this node knows, for somebody who is new.
-    pub(super) fn known_nodes(&self) -> Vec<super::messages::Acquaintance> {
+    pub(super) fn known_nodes(&self) -> Vec<Acquaintance> {
         let state = self.state();
         let members = state.members.values().map(|member| (member.member.id, member.member.peer_endpoint.clone()));
         let mut known: Vec<_> = members.collect();
@@ -380,7 +401,7 @@ impl Quorum {
                 }
             }
         }
-        known.into_iter().map(|(node, endpoint)| super::messages::Acquaintance { node, endpoint }).collect()
+        known.into_iter().map(|(node, endpoint)| Acquaintance { node, endpoint }).collect()
     }
 
     /// Tells the others that this node leaves, and hands its duties on.
