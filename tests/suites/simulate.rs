@@ -17,7 +17,11 @@ const SCENARIOS: &[u64] = &[207, 282, 1023, 1037, 20051, 20109];
 /// 1000787: an object of a deleted volume came back on one node, and the node that looked for such had no copy.
 /// 6100081: the way up to a volume's map met one ancestor before it was given a map, and the next after that one's had gone.
 /// 653988624: a read that began on a node which had been evicted without hearing of it told what the lost lease had known.
-const SCENARIOS_OF_ALL: &[u64] = &[800_011, 931_088, 1_000_124, 1_000_787, 6_100_081, 653_988_624];
+/// 2100031 and 8000130: after an outage that took one machine for good, the others waited for what it might have known.
+/// 8000273: a gateway that lost its lease, because the cluster was shut down, told what was on one holder only.
+/// 8001085: a node that was out did not know where the leader was, and came back never.
+const SCENARIOS_OF_ALL: &[u64] =
+    &[800_011, 931_088, 1_000_124, 1_000_787, 2_100_031, 6_100_081, 8_000_130, 8_000_273, 8_001_085, 653_988_624];
 /// Some more, of all kinds.
 const MORE: std::ops::Range<u64> = 0..12;
 
