@@ -101,18 +101,6 @@ impl EpochRecord {
     pub fn ring_members(&self) -> Vec<RingMember> {
         ring_members(&self.members)
     }
-
-    /// No more than [`ClusterState::min_copies`] was in this epoch, of an object that had `copies`: that the operator goes on with
-    /// one copy is over as soon as there are two zones.
-    pub fn min_copies_at_least(&self, needs_majority: bool, copies: u8) -> u8 {
-        if needs_majority && copies > 2 && zone_count(&self.members) >= 2 { 2 } else { 1 }
-    }
-}
-
-/// Distinct zones of members that store something.
-fn zone_count(members: &BTreeMap<NodeId, EpochMember>) -> usize {
-    let zones: BTreeSet<u32> = members.values().filter(|m| !m.member.is_gateway()).map(|m| m.member.zone).collect();
-    zones.len()
 }
 
 fn ring_members(members: &BTreeMap<NodeId, EpochMember>) -> Vec<RingMember> {
@@ -361,7 +349,9 @@ impl ClusterState {
 
     /// Distinct zones of members that store something.
     pub fn zone_count(&self) -> usize {
-        zone_count(&self.members)
+        let zones: BTreeSet<u32> =
+            self.members.values().filter(|m| !m.member.is_gateway()).map(|m| m.member.zone).collect();
+        zones.len()
     }
 
     /// Finds a VDI by name, as LOCK_VDI, GET_VDI_INFO and DEL_VDI do.

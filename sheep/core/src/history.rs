@@ -9,7 +9,7 @@
 //! 1. No decision is made before at least one holder of every epoch since the clean one was heard (or the operator said
 //!    that it will not be heard): an older copy is never taken for the newest. A holder that was still being brought up
 //!    to date in an epoch that had steady ones may have *deferred* its writes (answered them before its copy had them), so
-//!    it is no witness of that epoch unless its copy shows that it went all the way, or it can say that it deferred nothing.
+//!    it is no witness of that epoch unless its copy shows that it went all the way, or it met none of those: they were dead.
 //! 2. The decision does not depend on the order of the answers, and every node that hears the same answers decides
 //!    the same.
 //!
@@ -17,7 +17,7 @@
 //! object cannot tell any more that it saw it removed in an earlier one. So an object that was removed while a node was away may
 //! come back with that node (one that was written never goes). Nothing refers to it then, and `sweep` removes it.
 
-use alloc::collections::BTreeSet;
+use alloc::collections::{BTreeMap, BTreeSet};
 use alloc::sync::Arc;
 use alloc::vec::Vec;
 
@@ -39,7 +39,6 @@ struct HistoricEpoch {
 #[derive(Clone)]
 pub struct History {
     epochs: Vec<HistoricEpoch>,
-    needs_majority: bool,
     /// Of this epoch and those before it only those have to be heard who were there when the others were given up.
     forgiven: Epoch,
 }
@@ -53,10 +52,10 @@ pub struct Answer {
     pub version: Option<Version>,
     /// The last epoch for which that node had recovered everything it must hold.
     pub clean_through: Epoch,
-    /// Whether its process has deferred no write of the object since the clean epoch.
-    pub owes_nothing: bool,
-    /// The last epoch in which its earlier processes may have deferred writes, if that is known.
-    pub deferred_before: Option<Epoch>,
+    /// Whether its process met no steady holder of the object in the epochs between the clean and the present one.
+    pub met_nobody: bool,
+    /// The last epoch in which its earlier processes may have met one, if that is known.
+    pub met_before: Option<Epoch>,
 }
 
 /// What follows from the answers.
@@ -102,7 +101,7 @@ impl History {
             });
             HistoricEpoch { record: record.clone(), ring: known.unwrap_or_else(|| ring_of(record).map(Arc::new)) }
         });
-        History { epochs: epochs.collect(), needs_majority: state.needs_majority, forgiven: state.forgiven }
+        History { epochs: epochs.collect(), forgiven: state.forgiven }
     }
 
     /// The current epoch; 0 before format.
@@ -181,25 +180,27 @@ impl History {
         holders.iter().copied().filter(is_steady).collect()
     }
 
-    /// Whether a node may have answered writes of an epoch, as far as it can be known, that its copy did not have.
-    fn may_have_deferred(&self, answer: &Answer, at: &HistoricEpoch, key: PlacementKey, copies: Copies) -> bool {
+    /// Whether an epoch may have promised what a holder does not know of: beside a steady holder it may have deferred writes, and
+    /// have taken part in a flush of what its copy lacked already. Beside a dead one, which only was not given up yet, it did not.
+    fn may_have_missed(&self, answer: &Answer, at: &HistoricEpoch, key: PlacementKey, copies: Copies) -> bool {
         let steady = self.steady_holders(at, key, copies);
-        let enough = at.record.min_copies_at_least(self.needs_majority, copies.in_epoch(at.record.epoch));
-        if steady.len() < usize::from(enough) || steady.contains(&answer.node) {
-            // `may_defer` did not allow it.
+        if steady.is_empty() || steady.contains(&answer.node) {
             return false;
         }
-        // What a process deferred it has in memory. The ones before it were over by then, or left a word.
-        let same_process = || {
-            let now = self.epochs.last().and_then(|last| last.record.members.get(&answer.node));
-            now.is_some_and(|member| member.since <= at.record.epoch)
-        };
-        let earlier_ones_did_not = answer.deferred_before.is_some_and(|last| last < at.record.epoch);
-        if answer.owes_nothing && (earlier_ones_did_not || same_process()) {
+        if answer.met_nobody && answer.met_before.is_some_and(|last| last < at.record.epoch) {
             return false;
         }
         let went_all_the_way = self.current_as_of(answer, key, copies) >= Some(at.record.epoch);
         !went_all_the_way
+    }
+
+    /// Whether a node that met others, by epoch, met a steady holder of the object before the present epoch.
+    pub fn met_steady(&self, met: &BTreeMap<Epoch, BTreeSet<NodeId>>, key: PlacementKey, copies: Copies) -> bool {
+        let before = met.iter().filter(|(epoch, _)| **epoch < self.current());
+        before.filter_map(|(epoch, nodes)| Some((self.at(*epoch)?, nodes))).any(|(at, nodes)| {
+            let steady = self.steady_holders(at, key, copies);
+            steady.iter().any(|node| nodes.contains(node))
+        })
     }
 
     /// Whether a node was there when the operator gave up what others might know.
@@ -244,7 +245,7 @@ impl History {
             let held = at.holders(key, copies);
             let is_forgiven = at.record.epoch <= self.forgiven;
             let heard = |answer: &Answer| {
-                held.contains(&answer.node) && (is_forgiven || !self.may_have_deferred(answer, at, key, copies))
+                held.contains(&answer.node) && (is_forgiven || !self.may_have_missed(answer, at, key, copies))
             };
             let somebody_knows = held.iter().any(|node| !is_forgiven || self.survived(*node));
             if somebody_knows && !answers.iter().any(heard) {

@@ -5,14 +5,14 @@
 //!  0  u32 magic "SHPQ"                          0  u32 magic "SHPR"
 //!  4  u32 payload bytes that follow             4  u32 payload bytes that follow
 //!  8  u64 request id, echoed                    8  u64 request id
-//! 16  u8 kind, u8 flags, u16 zero              16  u8 verdict, u8 nearly full, u8 owes nothing, u8 zero
+//! 16  u8 kind, u8 flags, u16 zero              16  u8 verdict, u8 nearly full, u8 met nobody, u8 zero
 //! 20  u32 epoch of the sender                  20  u32 epoch of the answering node
 //! 24  u64 object id                            24  u64 object size (bytes), or a count
 //! 32  u64 source object id (copy on write)     32  u32 version: epoch
 //! 40  u32 stamp: generation                    36  u32 version: stamp generation
 //! 44  u32 length wanted (bytes)                40  u64 version: stamp sequence
 //! 48  u64 stamp: sequence                      48  u32 clean-through epoch
-//! 56  u64 settled sequence                     52  u32 1 + deferred-before epoch, 0 if unknown; 40 bytes zero
+//! 56  u64 settled sequence                     52  u32 1 + met-before epoch, 0 if unknown; 40 bytes zero
 //! 64  u64 offset in the object (bytes)
 //! 72  u64 object size (bytes)
 //! 80  u64 sending node
@@ -229,9 +229,9 @@ pub struct PeerAnswer {
     /// Whether the answering node is about to run out of space.
     pub nearly_full: bool,
     /// In the answer to `Query`: see `history::Answer`. Who does not know the field says no.
-    pub owes_nothing: bool,
+    pub met_nobody: bool,
     /// In the answer to `Query`: see `history::Answer`.
-    pub deferred_before: Option<Epoch>,
+    pub met_before: Option<Epoch>,
 }
 
 /// A piece of an object whose copy is damaged in places.
@@ -375,8 +375,8 @@ impl PeerAnswer {
             version: Version::default(),
             clean_through: Epoch(0),
             nearly_full: false,
-            owes_nothing: false,
-            deferred_before: None,
+            met_nobody: false,
+            met_before: None,
         }
     }
 
@@ -389,15 +389,15 @@ impl PeerAnswer {
         bytes[8..16].copy_from_slice(&self.id.to_le_bytes());
         bytes[16] = self.verdict as u8;
         bytes[17] = u8::from(self.nearly_full);
-        bytes[18] = u8::from(self.owes_nothing);
+        bytes[18] = u8::from(self.met_nobody);
         bytes[20..24].copy_from_slice(&self.epoch.get().to_le_bytes());
         bytes[24..32].copy_from_slice(&self.object_bytes.to_le_bytes());
         bytes[32..36].copy_from_slice(&self.version.epoch.get().to_le_bytes());
         bytes[36..40].copy_from_slice(&self.version.stamp.generation.to_le_bytes());
         bytes[40..48].copy_from_slice(&self.version.stamp.sequence.to_le_bytes());
         bytes[48..52].copy_from_slice(&self.clean_through.get().to_le_bytes());
-        let deferred_before = self.deferred_before.map_or(0, |epoch| epoch.get().saturating_add(1));
-        bytes[52..56].copy_from_slice(&deferred_before.to_le_bytes());
+        let met_before = self.met_before.map_or(0, |epoch| epoch.get().saturating_add(1));
+        bytes[52..56].copy_from_slice(&met_before.to_le_bytes());
         bytes
     }
 
@@ -418,8 +418,8 @@ impl PeerAnswer {
             },
             clean_through: Epoch(u32_at(bytes, 48)),
             nearly_full: bytes[17] != 0,
-            owes_nothing: bytes[18] == 1,
-            deferred_before: u32_at(bytes, 52).checked_sub(1).map(Epoch),
+            met_nobody: bytes[18] == 1,
+            met_before: u32_at(bytes, 52).checked_sub(1).map(Epoch),
         };
         Ok((answer, payload_bytes(bytes)?))
     }

@@ -86,13 +86,7 @@ fn stamp(generation: u32, sequence: u64) -> Stamp {
 
 fn has(node: u64, epoch: u32, stamp: Stamp, clean_through: u32) -> Answer {
     let version = Some(Version { epoch: Epoch(epoch), stamp });
-    Answer {
-        node: NodeId(node),
-        version,
-        clean_through: Epoch(clean_through),
-        owes_nothing: false,
-        deferred_before: None,
-    }
+    Answer { node: NodeId(node), version, clean_through: Epoch(clean_through), met_nobody: false, met_before: None }
 }
 
 fn has_nothing(node: u64, clean_through: u32) -> Answer {
@@ -100,13 +94,13 @@ fn has_nothing(node: u64, clean_through: u32) -> Answer {
         node: NodeId(node),
         version: None,
         clean_through: Epoch(clean_through),
-        owes_nothing: false,
-        deferred_before: None,
+        met_nobody: false,
+        met_before: None,
     }
 }
 
-fn owing_nothing(answer: Answer) -> Answer {
-    Answer { owes_nothing: true, ..answer }
+fn having_met_nobody(answer: Answer, met_before: u32) -> Answer {
+    Answer { met_nobody: true, met_before: Some(Epoch(met_before)), ..answer }
 }
 
 fn newest(stamp: Stamp, nodes: &[u64]) -> Decision {
@@ -283,26 +277,40 @@ fn a_node_that_came_back_at_once_may_defer_and_is_no_witness_either() {
 fn a_dead_host_that_seemed_steady_is_not_waited_for_after_an_outage() {
     // All three lose power. C is out in 2 and back in 3, B in 4 and 5, before A, who does not come back, is given up in 6.
     let mut story = Story::begin();
-    story.state.needs_majority = true;
     story.joins(C);
     story.joins(B);
     story.dies(A);
-    let answers = [has(B, 1, stamp(1, 5), 1), has(C, 1, stamp(1, 5), 1)];
-    assert_eq!(story.decide(&answers), newest(stamp(1, 5), &[B]), "beside A alone nobody answered writes early");
-    // Where one copy is enough, somebody may have.
-    story.state.needs_majority = false;
-    assert_eq!(story.decide(&answers), Decision::Unheard(Epoch(4)));
-    assert_eq!(story.decide(&[answers[0], owing_nothing(answers[1])]), newest(stamp(1, 5), &[B]));
-    // What the process of epoch 4 did, the next one does not know.
+    let silent = [has(B, 1, stamp(1, 5), 1), has(C, 1, stamp(1, 5), 1)];
+    assert_eq!(story.decide(&silent), Decision::Unheard(Epoch(4)), "beside A one of them may have answered early");
+    let answers = [silent[0], having_met_nobody(silent[1], 1)];
+    assert_eq!(story.decide(&answers), newest(stamp(1, 5), &[B]), "A was dead when 4 began");
+    // What an earlier process of C met in 4 is not known, or it did meet A.
+    assert_eq!(story.decide(&[silent[0], Answer { met_before: None, ..answers[1] }]), Decision::Unheard(Epoch(4)));
+    assert_eq!(story.decide(&[silent[0], having_met_nobody(silent[1], 4)]), Decision::Unheard(Epoch(4)));
+    assert_eq!(story.decide(&[silent[0], having_met_nobody(silent[1], 3)]), newest(stamp(1, 5), &[B]));
+    // Or this one did.
+    assert_eq!(story.decide(&[silent[0], Answer { met_nobody: false, ..answers[1] }]), Decision::Unheard(Epoch(4)));
+}
+
+#[test]
+fn whom_a_node_met_counts_where_it_was_steady_and_held_the_object() {
+    let mut story = Story::begin();
     story.joins(C);
-    let restarted = owing_nothing(answers[1]);
-    assert_eq!(story.decide(&[answers[0], restarted]), Decision::Unheard(Epoch(4)));
-    // Unless that one has left a word.
-    let left = |epoch| Answer { deferred_before: Some(Epoch(epoch)), ..restarted };
-    assert_eq!(story.decide(&[answers[0], left(4)]), Decision::Unheard(Epoch(4)));
-    assert_eq!(story.decide(&[answers[0], left(3)]), newest(stamp(1, 5), &[B]));
-    let owing = Answer { owes_nothing: false, ..left(3) };
-    assert_eq!(story.decide(&[answers[0], owing]), Decision::Unheard(Epoch(4)), "or came in twice");
+    story.joins(B);
+    story.dies(A);
+    let history = History::of(&story.state, None);
+    let met = |epoch, node| {
+        let met = [(Epoch(epoch), [NodeId(node)].into())].into();
+        history.met_steady(&met, key(), COPIES)
+    };
+    assert!(met(4, A) && met(2, A) && met(2, B), "they had everything then");
+    assert!(!met(4, C) && !met(5, B), "they had come back");
+    assert!(!met(6, A), "the present epoch does not count");
+    let elsewhere =
+        (0..).map(|index| placement_key(VdiId::from_low_bits(5), Oid::data(VdiId::from_low_bits(5), index)));
+    let mut elsewhere = elsewhere.filter(|key| !history.holders(*key, 1.into()).contains(&NodeId(B)));
+    let key = elsewhere.next().unwrap();
+    assert!(!history.met_steady(&[(Epoch(2), [NodeId(B)].into())].into(), key, 1.into()), "it does not hold that one");
 }
 
 #[test]

@@ -100,7 +100,10 @@ async fn make_durable(data: &Data) -> Result<(), WriteError> {
             });
         }
         let mut done = match data.holder() {
-            Some(holder) => holder.flush().await.map_err(|_| WriteError::Failed).map(|()| true)?,
+            Some(holder) => {
+                holder.flush().await.map_err(|_| WriteError::Failed)?;
+                holder.await_everybody(view.epoch()).await.is_ok()
+            }
             None => true,
         };
         while let Some(answered) = calls.join_next().await {

@@ -45,7 +45,9 @@ pub struct Holder {
     node: NodeId,
     store: Store,
     /// As the store said when this process began.
-    deferred_before: Option<Epoch>,
+    met_before: Option<Epoch>,
+    /// The last epoch for which `meet` has noted that.
+    noted: tokio::sync::Mutex<Epoch>,
     state: Mutex<State>,
     /// Told whenever a copy became current, a mark moved or the epoch changed.
     changed: Notify,
@@ -78,13 +80,12 @@ struct State {
     parked: HashMap<Oid, VecDeque<Parked>>,
     /// Whether writes may be deferred in this epoch.
     deferring: bool,
-    /// Members that have said in this epoch that they are there.
+    /// Members that have said in this epoch that they are there: one that was dead when it began takes no part in any write.
     heard: BTreeSet<NodeId>,
+    /// The same of this and earlier epochs, as far as a comparison may go back to them.
+    met: BTreeMap<Epoch, BTreeSet<NodeId>>,
     /// Bytes of deferred writes.
     deferred_bytes: u64,
-    /// Objects of which writes were deferred, and in which epoch last, as long as a comparison may go back to it. Unlike what
-    /// was deferred, this outlasts epochs.
-    owed: HashMap<Oid, Epoch>,
     /// Objects that lost parked writes since their comparison began: it must be done again.
     dropped: HashSet<Oid>,
     /// Per VDI, what its writer has told.
@@ -236,15 +237,16 @@ impl Holder {
             parked: HashMap::new(),
             deferring: false,
             heard: BTreeSet::new(),
+            met: BTreeMap::new(),
             deferred_bytes: 0,
-            owed: HashMap::new(),
             dropped: HashSet::new(),
             marks: HashMap::new(),
             fates: WriteFates::default(),
         };
         Holder {
             node,
-            deferred_before: store.deferred_through(),
+            met_before: store.met_through(),
+            noted: tokio::sync::Mutex::new(Epoch(0)),
             store,
             state: Mutex::new(state),
             changed: Notify::new(),
@@ -333,35 +335,71 @@ impl Holder {
         state.confirmed.clear();
         // Dropping the parked writes answers `OldEpoch`: their gateway sends them again in this epoch.
         state.parked.clear();
-        state.deferring = false;
+        // A node that has just come in takes over objects from others, who may read their own copies until they know: it answers
+        // for no write before all of them have told that they are in this epoch (`heard_suspects`).
+        state.deferring = state.continued;
         state.heard.clear();
         state.dropped.clear();
         state.deferred_bytes = 0;
         // Everybody in the new epoch begins with that clean one, or a later one.
         let clean = view.state.clean;
-        state.owed.retain(|_, deferred_in| *deferred_in > clean);
+        state.met.retain(|epoch, _| *epoch > clean);
         state.view = view;
         self.changed.notify_waiters();
         true
     }
 
-    /// That writes are deferred in `epoch` is durably noted. A node that has just come in takes over objects from others, who may
-    /// read their own copies until they know: it answers for no write before all of them have told that they are in this epoch
-    /// (`heard_suspects`).
-    pub fn begin_deferring(&self, epoch: Epoch) {
+    /// A member said, by a question or an answer, that it is in `epoch`. To be called before anything of that epoch is said to it:
+    /// if it has everything, and this node has not, that they met is durably noted first.
+    pub async fn meet(&self, node: NodeId, epoch: Epoch) -> Result<(), Verdict> {
+        let has_everything = {
+            let state = self.state();
+            if state.view.epoch() != epoch {
+                return Err(Verdict::OldEpoch);
+            }
+            if !state.recovering || state.heard.contains(&node) {
+                return Ok(());
+            }
+            state.view.state.epoch_record(epoch).is_some_and(|record| record.steady.contains_key(&node))
+        };
+        if has_everything {
+            let mut noted = self.noted.lock().await;
+            if *noted < epoch {
+                self.store.note_meeting(epoch).await.map_err(|_| Verdict::Failed)?;
+                *noted = epoch;
+            }
+        }
         let mut state = self.state();
-        if state.view.epoch() == epoch && state.continued {
-            state.deferring = true;
+        if state.view.epoch() != epoch {
+            return Err(Verdict::OldEpoch);
+        }
+        state.heard.insert(node);
+        state.met.entry(epoch).or_default().insert(node);
+        if state.deferring {
             self.defer_parked(&mut state);
         }
+        drop(state);
+        self.changed.notify_waiters();
+        Ok(())
     }
 
-    /// A member said that it is in `epoch`: beside it writes may be deferred. One that was dead when the epoch began, although it was
-    /// still counted, takes no part in any write.
-    pub fn heard(&self, node: NodeId, epoch: Epoch) {
-        let mut state = self.state();
-        if state.view.epoch() == epoch && state.heard.insert(node) && state.deferring {
-            self.defer_parked(&mut state);
+    /// Waits until this node has everything, or has met all that store something: what a flush makes durable may be what this
+    /// node lacks, and then it must not say later that it met nobody who had it.
+    pub async fn await_everybody(&self, epoch: Epoch) -> Result<(), Verdict> {
+        loop {
+            let changed = self.changed.notified();
+            {
+                let state = self.state();
+                if state.view.epoch() != epoch {
+                    return Err(Verdict::OldEpoch);
+                }
+                let storing = state.view.state.members.values().map(|m| &m.member).filter(|m| !m.is_gateway());
+                let mut others = storing.filter(|member| member.id != self.node);
+                if !state.recovering || others.all(|member| state.heard.contains(&member.id)) {
+                    return Ok(());
+                }
+            }
+            changed.await;
         }
     }
 
@@ -407,7 +445,6 @@ impl Holder {
                 if write.answer.is_some() && self.may_defer(state, &write.request, cost, last_was_deferred) {
                     note_write(state, &write.request);
                     state.deferred_bytes += cost;
-                    state.owed.insert(oid, write.request.epoch);
                     write.data = Bytes::copy_from_slice(&write.data);
                     if let Some(answer) = write.answer.take() {
                         // The connection may be gone.
@@ -536,13 +573,18 @@ impl Holder {
     }
 
     /// See `history::Answer`.
-    pub fn deferred_before(&self) -> Option<Epoch> {
-        self.deferred_before
+    pub fn met_before(&self) -> Option<Epoch> {
+        self.met_before
     }
 
     /// See `history::Answer`.
-    pub fn owes_nothing(&self, oid: Oid) -> bool {
-        planted::is(Bug::HiddenDebt) || !self.state().owed.contains_key(&oid)
+    pub fn met_nobody(&self, oid: Oid) -> bool {
+        if planted::is(Bug::HiddenMeeting) {
+            return true;
+        }
+        let state = self.state();
+        let at = state.view.locate(oid);
+        at.is_some_and(|at| !state.view.history.met_steady(&state.met, at.key, at.copies))
     }
 
     /// Whether deferred writes of `epoch` are not in their copies yet.
@@ -737,7 +779,6 @@ impl Holder {
         if self.may_defer(state, request, deferred_cost(data.len()), last_was_deferred) {
             note_write(state, request);
             state.deferred_bytes += deferred_cost(data.len());
-            state.owed.insert(oid, request.epoch);
             // A copy: the payload is a slice of a receive buffer that is many times as large.
             let data = Bytes::copy_from_slice(&data);
             state.parked.entry(oid).or_default().push_back(Parked { request: *request, data, answer: None });
@@ -771,7 +812,7 @@ impl Holder {
         let Some(at) = state.view.locate(oid) else { return false };
         let version = self.store.entry(oid).map(|entry| entry.version);
         let clean_through = self.store.clean_through();
-        let own = Answer { node: self.node, version, clean_through, owes_nothing: false, deferred_before: None };
+        let own = Answer { node: self.node, version, clean_through, met_nobody: false, met_before: None };
         // What is in the memory of this node is no copy that outlasts it.
         let min_copies = state.view.state.min_copies(at.copies.now());
         !is_current(state, self.node, oid)

@@ -206,9 +206,13 @@ async fn handle(data: &Data, request: &PeerRequest) -> (PeerAnswer, Bytes) {
         header.verdict = Verdict::Invalid;
         return (header, Bytes::new());
     };
+    if let Err(verdict) = meet(holder, request).await {
+        header.verdict = verdict;
+        return (header, Bytes::new());
+    }
     if request.kind == PeerKind::Query {
-        header.owes_nothing = holder.owes_nothing(request.oid);
-        header.deferred_before = holder.deferred_before();
+        header.met_nobody = holder.met_nobody(request.oid);
+        header.met_before = holder.met_before();
     }
     header.clean_through = holder.store().clean_through();
     if let Some(entry) = holder.store().entry(request.oid) {
@@ -240,6 +244,17 @@ async fn handle(data: &Data, request: &PeerRequest) -> (PeerAnswer, Bytes) {
             header.verdict = verdict;
             (header, Bytes::new())
         }
+    }
+}
+
+/// Whoever compares, or makes durable, hears from a node that it has met it: see `Holder::meet`.
+async fn meet(holder: &Holder, request: &PeerRequest) -> Result<(), Verdict> {
+    match request.kind {
+        PeerKind::Query | PeerKind::List | PeerKind::Suspects | PeerKind::Fetch => {
+            holder.meet(request.sender, request.epoch).await
+        }
+        PeerKind::Flush => holder.await_everybody(request.epoch).await,
+        _ => Ok(()),
     }
 }
 

@@ -53,7 +53,7 @@ impl State {
 
     /// The same with the other epoch instead: what belongs to another tail was written by an earlier version since.
     fn encode_epochs(self) -> [u8; STATE_BYTES] {
-        self.encode_with(self.epochs.deferred_through.map_or(Epoch(0), |epoch| Epoch(epoch.0.saturating_add(1))))
+        self.encode_with(self.epochs.met_through.map_or(Epoch(0), |epoch| Epoch(epoch.0.saturating_add(1))))
     }
 
     fn encode_with(self, epoch: Epoch) -> [u8; STATE_BYTES] {
@@ -69,12 +69,12 @@ impl State {
 
     fn decode(bytes: &[u8], epochs: Option<&[u8]>) -> Option<State> {
         let (tail, clean_through) = decode_with(bytes)?;
-        let mut deferred_through = None;
+        let mut met_through = None;
         if let Some(epochs) = epochs {
-            let (as_of, deferred) = decode_with(epochs)?;
-            deferred_through = deferred.0.checked_sub(1).map(Epoch).filter(|_| as_of == tail);
+            let (as_of, met) = decode_with(epochs)?;
+            met_through = met.0.checked_sub(1).map(Epoch).filter(|_| as_of == tail);
         }
-        Some(State { tail, epochs: Epochs { clean_through, deferred_through } })
+        Some(State { tail, epochs: Epochs { clean_through, met_through } })
     }
 }
 
@@ -298,7 +298,7 @@ mod tests {
         let index = Index::open(&RealFiles, &path, true).unwrap();
         assert!(index.load().unwrap().is_none());
         let packed = Packed::new(Version::default(), 4096, 1);
-        let epochs = Epochs { clean_through: Epoch(4), deferred_through: Some(Epoch(3)) };
+        let epochs = Epochs { clean_through: Epoch(4), met_through: Some(Epoch(3)) };
         let state = State { tail: Position { offset: 8192, sequence: 3, skip: 1 }, epochs };
         let mut rows = (0..1000).map(|oid| (oid, Some(packed)));
         index.commit(Changes { entries: &mut rows, doomed: &[(5000, 1)], state }).unwrap();
@@ -315,12 +315,12 @@ mod tests {
 
     #[test]
     fn what_an_earlier_version_did_meanwhile_is_not_known() {
-        let epochs = Epochs { clean_through: Epoch(4), deferred_through: Some(Epoch(3)) };
+        let epochs = Epochs { clean_through: Epoch(4), met_through: Some(Epoch(3)) };
         let ours = State { tail: Position { offset: 8192, sequence: 3, skip: 1 }, epochs };
         let later = State { tail: Position { offset: 12288, ..ours.tail }, ..ours };
         let decoded = |state: State, epochs: State| State::decode(&state.encode(), Some(&epochs.encode_epochs()));
         assert_eq!(decoded(ours, ours), Some(ours));
-        let unknown = Epochs { deferred_through: None, ..epochs };
+        let unknown = Epochs { met_through: None, ..epochs };
         assert_eq!(decoded(later, ours), Some(State { epochs: unknown, ..later }));
         assert_eq!(State::decode(&ours.encode(), None), Some(State { epochs: unknown, ..ours }));
         assert_eq!(State::decode(&ours.encode(), Some(&[0; STATE_BYTES])), None);

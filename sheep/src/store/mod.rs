@@ -360,10 +360,10 @@ impl Store {
         self.shared.lock().epochs.clean_through
     }
 
-    /// The last epoch that [`Store::note_deferring`] set, or an earlier process; none if an earlier
-    /// version of it may have been the last.
-    pub fn deferred_through(&self) -> Option<Epoch> {
-        self.shared.lock().epochs.deferred_through
+    /// The last epoch that [`Store::note_meeting`] was given; none if an earlier version, which did not say, may have had a later
+    /// one.
+    pub fn met_through(&self) -> Option<Epoch> {
+        self.shared.lock().epochs.met_through
     }
 
     /// The state that the floors above saved, or `None` if they never did.

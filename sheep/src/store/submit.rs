@@ -146,13 +146,12 @@ impl Store {
         self.shared.with(|inner| inner.push_epochs(Epochs { clean_through: epoch, ..inner.epochs }))
     }
 
-    /// Remembers the epoch in which writes may be answered from now on before they are submitted here. Durable when the ticket
-    /// completes.
-    pub fn note_deferring(&self, epoch: Epoch) -> Ticket {
+    /// Remembers an epoch for [`Store::met_through`]. Durable when the ticket completes.
+    pub fn note_meeting(&self, epoch: Epoch) -> Ticket {
         self.shared.with(|inner| {
             // What is not known is of earlier epochs.
-            let deferred_through = inner.epochs.deferred_through.max(Some(epoch));
-            inner.push_epochs(Epochs { deferred_through, ..inner.epochs })
+            let met_through = inner.epochs.met_through.max(Some(epoch));
+            inner.push_epochs(Epochs { met_through, ..inner.epochs })
         })
     }
 }

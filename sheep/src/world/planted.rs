@@ -43,8 +43,8 @@ pub enum Bug {
     ReaderBehind,
     /// What is found on the way up to a volume's map is believed although a map was made below it meanwhile.
     PassedMap,
-    /// A node that answered writes before its copy had them says that it did not.
-    HiddenDebt,
+    /// A node that was being brought up to date beside others that had everything says that it met none of them.
+    HiddenMeeting,
     /// A gateway that has lost its lease is shown what it wrote and nobody else has, perhaps.
     FormerWriter,
 }
@@ -70,7 +70,7 @@ pub const ALL: [Bug; 21] = [
     Bug::KeptGarbage,
     Bug::ReaderBehind,
     Bug::PassedMap,
-    Bug::HiddenDebt,
+    Bug::HiddenMeeting,
     Bug::FormerWriter,
 ];
 

@@ -119,7 +119,7 @@ pub async fn read(data: &Data, oid: Oid, offset: u64, length: usize) -> Result<B
                 return Ok(bytes);
             }
             // A node that is alone knows nothing of what was made meanwhile.
-            Round::Missing if data.cluster().fence().pass().await => continue,
+            Round::Missing if data.cluster().fence().pass().await || lost_its_lease(data, &request) => continue,
             Round::Missing => return Err(ReadFailure::Missing),
             Round::Invalid => return Err(ReadFailure::Invalid),
             Round::Outdated => {
@@ -176,7 +176,7 @@ pub async fn extents(data: &Data, oid: Oid) -> Result<Vec<std::ops::Range<u64>>,
             };
             match answer {
                 Ok(_) | Err(Verdict::Missing) if data.cluster().fence().pass().await => break,
-                Ok(_) if lost_its_lease(data, &request) => break,
+                Ok(_) | Err(Verdict::Missing) if lost_its_lease(data, &request) => break,
                 Ok(extents) => return Ok(extents),
                 Err(Verdict::Missing) => return Err(ReadFailure::Missing),
                 Err(_) => {}

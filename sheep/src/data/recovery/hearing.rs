@@ -39,7 +39,7 @@ async fn hear(data: Data, holder: Arc<Holder>, view: Arc<View>, node: NodeId) ->
         }
         match answer {
             Ok((answer, payload)) if answer.verdict == Verdict::Ok => {
-                holder.heard(node, epoch);
+                holder.meet(node, epoch).await.map_err(|_| RecoveryEnd::EpochOver)?;
                 return Ok(payload
                     .as_chunks::<8>()
                     .0

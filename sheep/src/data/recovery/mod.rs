@@ -96,12 +96,6 @@ pub async fn run(data: Data, epoch: Epoch) {
     progress.listed.store(false, Ordering::Relaxed);
     progress.done.store(0, Ordering::Relaxed);
     progress.total.store(0, Ordering::Relaxed);
-    // Before the first write is answered that is not in its copy.
-    if let Err(error) = holder.store().note_deferring(epoch).await {
-        tracing::error!("cannot note that recovery of epoch {epoch} begins: {error}");
-        return;
-    }
-    holder.begin_deferring(epoch);
     let finished = attempt(&data, &holder, epoch).await;
     if finished.is_err() || holder.epoch() != epoch {
         return;
@@ -230,10 +224,10 @@ fn holds(view: &View, node: NodeId, oid: Oid) -> bool {
 
 /// What this node says itself; nothing if its copy is damaged.
 fn own_answer(data: &Data, holder: &Holder, oid: Oid) -> Option<Answer> {
-    let owes_nothing = holder.owes_nothing(oid);
+    let met_nobody = holder.met_nobody(oid);
     let version = holder.version(oid).ok()?;
-    let (clean_through, deferred_before) = (holder.store().clean_through(), holder.deferred_before());
-    Some(Answer { node: data.node(), version, clean_through, owes_nothing, deferred_before })
+    let (clean_through, met_before) = (holder.store().clean_through(), holder.met_before());
+    Some(Answer { node: data.node(), version, clean_through, met_nobody, met_before })
 }
 
 async fn wait_for_change(data: &Data, holder: &Holder) {
@@ -453,10 +447,10 @@ async fn ask_everybody(data: &Data, view: &View, oid: Oid, location: &Location) 
         match own_answer(data, holder, oid) {
             Some(own) => answers.sound.push(own),
             None => {
-                let owes_nothing = holder.owes_nothing(oid);
+                let met_nobody = holder.met_nobody(oid);
                 let version = holder.store().entry(oid).map(|entry| entry.version);
-                let (clean_through, deferred_before) = (holder.store().clean_through(), holder.deferred_before());
-                let own = Answer { node: data.node(), version, clean_through, owes_nothing, deferred_before };
+                let (clean_through, met_before) = (holder.store().clean_through(), holder.met_before());
+                let own = Answer { node: data.node(), version, clean_through, met_nobody, met_before };
                 // A damaged copy that is gone says nothing, not even that there is no object.
                 answers.damaged.extend(version.is_some().then_some(own));
             }
@@ -475,8 +469,8 @@ async fn ask_everybody(data: &Data, view: &View, oid: Oid, location: &Location) 
     while let Some(ended) = calls.join_next().await {
         let (node, answer) = ended.ok()?;
         let (answer, _) = answer.ok()?;
-        let PeerAnswer { clean_through, owes_nothing, deferred_before, .. } = answer;
-        let said = |version| Answer { node, version, clean_through, owes_nothing, deferred_before };
+        let PeerAnswer { clean_through, met_nobody, met_before, .. } = answer;
+        let said = |version| Answer { node, version, clean_through, met_nobody, met_before };
         match answer.verdict {
             Verdict::Ok => answers.sound.push(said(Some(answer.version))),
             Verdict::Missing => answers.sound.push(said(None)),

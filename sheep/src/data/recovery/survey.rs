@@ -126,9 +126,9 @@ impl List {
         let named = self.page.pop_front_if(|(named, _)| *named == oid);
         let clean_through = if named.is_some() { Some(self.page_clean_through) } else { self.clean_through };
         let version = named.map(|(_, version)| version);
-        // Lists do not tell what was deferred. What cannot be decided without it is compared.
-        let (owes_nothing, deferred_before) = (false, None);
-        Some(Answer { node: self.node, version, clean_through: clean_through?, owes_nothing, deferred_before })
+        // Lists do not tell whom a node met. What cannot be decided without it is compared.
+        let (met_nobody, met_before) = (false, None);
+        Some(Answer { node: self.node, version, clean_through: clean_through?, met_nobody, met_before })
     }
 }
 
