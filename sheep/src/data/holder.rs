@@ -300,8 +300,11 @@ impl Holder {
         let previous = Epoch(view.epoch().get().saturating_sub(1));
         let in_since = view.state.members.get(&self.node).map(|member| member.since);
         let took_part = std::mem::replace(&mut state.entered, true);
-        state.continued =
-            took_part && in_since.is_some_and(|since| since <= previous) && self.store.clean_through() == previous;
+        // After an orderly stop of everybody a process goes on in an epoch that an earlier one found clean, and looks again.
+        state.continued = took_part
+            && !state.recovering
+            && in_since.is_some_and(|since| since <= previous)
+            && self.store.clean_through() == previous;
         if !state.continued {
             state.suspects.clear();
         }
@@ -393,7 +396,9 @@ impl Holder {
                 if state.view.epoch() != epoch {
                     return Err(Verdict::OldEpoch);
                 }
-                let storing = state.view.state.members.values().map(|m| &m.member).filter(|m| !m.is_gateway());
+                // Of the epoch: after an orderly stop the members come back one by one.
+                let record = state.view.state.epoch_record(epoch).ok_or(Verdict::OldEpoch)?;
+                let storing = record.members.values().map(|m| &m.member).filter(|m| !m.is_gateway());
                 let mut others = storing.filter(|member| member.id != self.node);
                 if !state.recovering || others.all(|member| state.heard.contains(&member.id)) {
                     return Ok(());
@@ -582,9 +587,11 @@ impl Holder {
         if planted::is(Bug::HiddenMeeting) {
             return true;
         }
-        let state = self.state();
-        let at = state.view.locate(oid);
-        at.is_some_and(|at| !state.view.history.met_steady(&state.met, at.key, at.copies))
+        let (view, met) = {
+            let state = self.state();
+            (state.view.clone(), state.met.clone())
+        };
+        view.locate(oid).is_some_and(|at| !view.history.met_steady(&met, at.key, at.copies))
     }
 
     /// Whether deferred writes of `epoch` are not in their copies yet.
