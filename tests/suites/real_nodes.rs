@@ -8,7 +8,8 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use qemu_proto::oid::Oid;
-use tests::clients::{Client, Volume};
+use rustix::process::{Pid, Signal};
+use tests::clients::{Client, MAP_OFFSET, Request, Volume, flag, opcode};
 use tests::command;
 use tests::sectors::fill_random;
 use tests::sim::Random;
@@ -418,6 +419,91 @@ fn a_node_leaves_when_asked() -> Result<()> {
     ensure!(cluster.wait_exit(1)? == Some(0), "a node killed by dog ends with exit code 0");
     cluster.wait_members(1)?;
     cluster.dog_through(0, &["vdi", "write", "disk", "0", "4096"], &[3; 4096])?.ok()?;
+    cluster.finish()
+}
+
+/// What `dog` says through the gateway, node 0, of who has an object of a volume, and who should hold it: by index of the node.
+fn has_and_should(cluster: &Cluster, index: Option<u32>) -> Result<(Vec<usize>, Vec<usize>)> {
+    let index = index.map(|index| index.to_string());
+    let of_data: Vec<&str> = index.iter().flat_map(|index| ["-i", index]).collect();
+    let arguments = [&["vdi", "object", "location"], of_data.as_slice(), &["disk"]].concat();
+    let told = cluster.dog_through(0, &arguments, &[])?.ok()?.out();
+    let (_, should) = told.trim_end().rsplit_once("located at: ").with_context(|| told.clone())?;
+    let nodes = |is_one: &dyn Fn(&str) -> bool| {
+        let all = 0..cluster.node_count();
+        all.filter(|node| is_one(&format!("127.0.0.1:{}", cluster.node(*node).port))).collect()
+    };
+    let has = nodes(&|address| told.contains(&format!("{address} has the object")));
+    Ok((has, nodes(&|address| should.split(' ').any(|listed| listed == address))))
+}
+
+#[test]
+fn a_flush_reaches_all_holders_where_none_of_them_has_had_everything() -> Result<()> {
+    const OBJECTS: u32 = 48;
+    let mut plan = ClusterPlan::new(5).arguments(0, &["-g"]);
+    for index in 1..5 {
+        plan = plan.arguments(index, &["-j", "size=64M"]);
+    }
+    let mut cluster = plan.start_formatted(2)?;
+    let mut client = cluster.client(0)?;
+    let vdi = client.create_volume("disk", u64::from(OBJECTS) * 4 * MIB, 2, 22)?;
+    let write = |client: &mut Client, index: u32, flags: u16, byte: u8| {
+        let request = Request::object(opcode::WRITE, Oid::data(vdi, index), 0).flags(flags | flag::WRITE);
+        client.call(request, &[byte; 4096])?.success("write")
+    };
+    for index in 0..OBJECTS {
+        let create = Request::object(opcode::CREATE_AND_WRITE, Oid::data(vdi, index), 0);
+        client.call(create.flags(flag::DIRECT | flag::WRITE), &[1; 4096])?.success("create an object")?;
+        let map = Request::object(opcode::WRITE, Oid::inode(vdi), MAP_OFFSET + 4 * u64::from(index));
+        client.call(map.flags(flag::DIRECT), &vdi.get().to_le_bytes())?.success("write the map")?;
+    }
+    cluster.wait_recovered()?;
+    for node in 1..5 {
+        let port = cluster.node(node).port.to_string();
+        cluster.dog(&["node", "recovery", "set-throttle", "1", "2000", "-p", &port])?.ok()?;
+    }
+    let (_, of_inode) = has_and_should(&cluster, None)?;
+    let first = (1..5).find(|node| !of_inode.contains(node)).context("a node without the inode")?;
+    let mut orphans = Vec::new();
+    for index in 0..OBJECTS {
+        let (_, holders) = has_and_should(&cluster, Some(index))?;
+        if holders.contains(&first) {
+            orphans.push((index, holders.into_iter().find(|node| *node != first).context("a second holder")?));
+        }
+    }
+    cluster.kill(first)?;
+    cluster.wait_members(4)?;
+    // The first object that its new holder has. It lacks others, and will for a while.
+    let mut found = None;
+    cluster.wait_until("an object to be brought", DOG_DEADLINE, |cluster| {
+        for (index, second) in &orphans {
+            let (has, should) = has_and_should(cluster, Some(*index))?;
+            let third = should.into_iter().find(|node| node != second).filter(|node| has.contains(node));
+            found = found.or(third.map(|third| (*index, *second, third)));
+        }
+        Ok(found.is_some())
+    })?;
+    let (index, second, third) = found.context("it was found")?;
+    write(&mut client, index, flag::DIRECT, 2)?;
+    // What the second one keeps of the next write, when the power goes: nothing.
+    let pid = cluster.node(second).pid().and_then(|pid| Pid::from_raw(pid as i32)).context("it runs")?;
+    let (store, kept) = (cluster.node(second).store.clone(), cluster.scratch().join("kept"));
+    rustix::process::kill_process(pid, Signal::STOP)?;
+    let copied = command::run(Command::new("cp").args(["-a", "--sparse=always"]).args([&store, &kept]), DOG_DEADLINE);
+    rustix::process::kill_process(pid, Signal::CONT)?;
+    copied?.ok()?;
+    write(&mut client, index, flag::CACHE, 3)?;
+    cluster.kill(second)?;
+    std::fs::remove_dir_all(&store)?;
+    std::fs::rename(&kept, &store)?;
+    cluster.wait_members(3)?;
+    client.flush(vdi)?;
+    cluster.kill(third)?;
+    cluster.wait_members(2)?;
+    cluster.restart(second)?;
+    cluster.wait_members(3)?;
+    let read = client.read_object(Oid::data(vdi, index), 0, 4096)?;
+    ensure!(read == [3; 4096], "what was flushed is gone, {} is there", read[0]);
     cluster.finish()
 }
 

@@ -170,6 +170,12 @@ impl History {
         self.current_as_of(own, key, copies).is_none_or(behind)
     }
 
+    /// Whether the current epoch has a holder of an object that had its newest content from the first moment. Not told of a clean
+    /// one, in which all holders have it by now.
+    pub fn has_steady_holder(&self, key: PlacementKey, copies: Copies) -> bool {
+        self.epochs.last().is_some_and(|last| !self.steady_holders(last, key, copies).is_empty())
+    }
+
     /// The holders of an object that had its newest content from the first moment of an epoch.
     fn steady_holders(&self, at: &HistoricEpoch, key: PlacementKey, copies: Copies) -> Vec<NodeId> {
         let held_since = |node: &NodeId, from: Epoch| {
@@ -182,6 +188,7 @@ impl History {
 
     /// Whether an epoch may have promised what a holder does not know of: beside a steady holder it may have deferred writes, and
     /// have taken part in a flush of what its copy lacked already. Beside a dead one, which only was not given up yet, it did not.
+    /// Where there was no steady holder, a flush brought what its own gateway had written to all holders (`flush.rs` in `data`).
     fn may_have_missed(&self, answer: &Answer, at: &HistoricEpoch, key: PlacementKey, copies: Copies) -> bool {
         let steady = self.steady_holders(at, key, copies);
         if steady.is_empty() || steady.contains(&answer.node) {

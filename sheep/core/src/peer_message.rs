@@ -123,6 +123,10 @@ pub const FLAG_WORKING: u8 = 128;
 /// to say what became of that one; see `write_fate`. The same bit as `FLAG_LIVE`, which is of reads.
 pub const FLAG_AGAIN: u8 = 64;
 
+/// Request flag of reads of no bytes, with [`FLAG_WAIT`]: only that the copy is current is asked for, so that writes under way are
+/// nothing to wait for. Who does not know the flag waits for them. The same bit as `FLAG_DRAINED`, which is of writes.
+pub const FLAG_BRING: u8 = 32;
+
 /// The generation in the stamp of a read whose sender does not hold the VDI's lease.
 pub const NO_LEASE: u32 = u32::MAX;
 

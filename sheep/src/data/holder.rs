@@ -1030,7 +1030,8 @@ impl Holder {
         fit().then(|| read.map_err(|error| Self::read_failed(request.oid, &error)))
     }
 
-    fn check_current(&self, request: &PeerRequest) -> Result<(), Verdict> {
+    /// Refuses unless this node's copy, or that it has none, is the newest in the epoch of the request.
+    pub fn check_current(&self, request: &PeerRequest) -> Result<(), Verdict> {
         let state = self.state();
         if state.view.epoch() != request.epoch {
             return Err(Verdict::OldEpoch);

@@ -8,7 +8,8 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use sheep_core::peer_message::{
-    FLAG_SALVAGE, FLAG_WAIT, HEADER_BYTES, ListEntry, PAYLOAD_BYTES_MAX, PeerAnswer, PeerKind, PeerRequest, Verdict,
+    FLAG_BRING, FLAG_SALVAGE, FLAG_WAIT, HEADER_BYTES, ListEntry, PAYLOAD_BYTES_MAX, PeerAnswer, PeerKind, PeerRequest,
+    Verdict,
 };
 use sheep_core::stamp::Epoch;
 use sheep_core::write_fate::Fate;
@@ -269,6 +270,9 @@ async fn read(data: &Data, holder: &Arc<Holder>, request: &PeerRequest) -> Resul
     }
     if request.has(FLAG_WAIT) {
         ensure_current(data, request.oid, request.epoch).await.map_err(|_| Verdict::OldEpoch)?;
+        if request.length == 0 && request.has(FLAG_BRING) {
+            return holder.check_current(request).map(|()| Bytes::new());
+        }
     }
     holder.read(request).await
 }

@@ -8,6 +8,8 @@
 //! 3. A later write hides what was lost under it, so its holders say what stamp it was laid over: none below that of a noted
 //!    write before it. (Across generations of the lease this says nothing.)
 //! 4. What is lost is told to one flush of its volume, as `fsync(2)` does.
+//! 5. A note keeps the epoch in which its last write was acknowledged: in a later one that has nobody who had everything from its
+//!    beginning, some holders may not have the write yet, and a flush waits until they do (`flush.rs`).
 //!
 //! Writes that came through another gateway are that one's to note.
 
@@ -18,7 +20,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use qemu_proto::oid::{Oid, VdiId};
 use sheep_core::cluster_state::ClusterState;
 use sheep_core::peer_message::{FLAG_DURABLE, PeerKind, PeerRequest};
-use sheep_core::stamp::Stamp;
+use sheep_core::stamp::{Epoch, Stamp};
 
 /// Objects noted, of all volumes, before the gateway flushes by itself: some 4 MiB of notes.
 const OBJECTS_MAX: usize = 65_536;
@@ -48,6 +50,8 @@ struct Notes {
     fewest: usize,
     /// `Unflushed::ended` when the first of them was noted.
     ended_before: u64,
+    /// None of them is of an earlier epoch.
+    first_epoch: Epoch,
     /// A write is gone, and no flush has told.
     lost: bool,
 }
@@ -59,7 +63,12 @@ pub struct Note {
     pub stamp: Stamp,
     /// Whether it removed the object.
     pub removal: bool,
+    /// In which it was acknowledged.
+    epoch: Epoch,
+    /// Its place in the order of acknowledgements.
     number: u64,
+    /// That of the first write to the object that no flush has covered: a flush that began before `number` may have to cover it.
+    first: u64,
 }
 
 /// Up to which note a flush covers.
@@ -91,14 +100,19 @@ impl Unflushed {
         let notes = table.volumes.entry(vdi).or_default();
         if notes.objects.is_empty() {
             (notes.fewest, notes.ended_before) = (holders, self.ended.load(Ordering::Relaxed));
+            notes.first_epoch = request.epoch;
         }
         notes.fewest = notes.fewest.min(holders);
-        let note = Note { stamp: request.stamp, removal: request.kind == PeerKind::Remove, number: table.number };
+        notes.first_epoch = notes.first_epoch.min(request.epoch);
+        let removal = request.kind == PeerKind::Remove;
+        let (epoch, number) = (request.epoch, table.number);
+        let note = Note { stamp: request.stamp, removal, epoch, number, first: number };
         match notes.objects.entry(oid) {
             std::collections::hash_map::Entry::Occupied(mut known) => {
                 // Acknowledgements of writes to different parts need not come in the order of the stamps.
                 let last = known.get_mut();
-                *last = if last.stamp > note.stamp { Note { number: note.number, ..*last } } else { note };
+                let newest = if last.stamp > note.stamp { *last } else { note };
+                *last = Note { epoch: last.epoch.max(epoch), number, first: last.first, ..newest };
             }
             std::collections::hash_map::Entry::Vacant(new) => {
                 new.insert(note);
@@ -138,22 +152,39 @@ impl Unflushed {
         Through(self.table().number)
     }
 
-    /// Objects whose last write may have been lost with its holders, of all that a flush covers.
-    pub fn endangered(&self, through: Through) -> Vec<(Oid, Note)> {
+    /// Objects of the volumes that `of` picks that may have been lost with their holders, of all that a flush covers.
+    pub fn endangered(&self, through: Through, of: impl Fn(VdiId) -> bool) -> Vec<(Oid, Note)> {
         let table = self.table();
         let ended = self.ended.load(Ordering::Relaxed);
-        let in_danger = |notes: &&Notes| ended - notes.ended_before >= notes.fewest.max(1) as u64;
-        let objects = table.volumes.values().filter(in_danger).flat_map(|notes| notes.objects.iter());
-        objects.filter(|(_, note)| note.number <= through.0).map(|(oid, note)| (*oid, *note)).collect()
+        let in_danger = |notes: &Notes| ended - notes.ended_before >= notes.fewest.max(1) as u64;
+        let volumes = table.volumes.iter().filter(|(vdi, notes)| in_danger(notes) && of(**vdi));
+        let objects = volumes.flat_map(|(_, notes)| notes.objects.iter());
+        objects.filter(|(_, note)| note.first <= through.0).map(|(oid, note)| (*oid, *note)).collect()
     }
 
-    /// Everything up to `through` is durable, or known to be lost. Gives whether anything was lost of the volumes that `told`
-    /// picks, which then has been told.
-    pub fn end(&self, through: Through, told: impl Fn(VdiId) -> bool) -> bool {
+    /// Objects of the volumes that `of` picks whose last write was acknowledged before `epoch`, of all that a flush covers.
+    pub fn acknowledged_before(&self, epoch: Epoch, through: Through, of: impl Fn(VdiId) -> bool) -> Vec<Oid> {
+        let table = self.table();
+        let old = table.volumes.iter().filter(|(vdi, notes)| notes.first_epoch < epoch && of(**vdi));
+        let objects = old.flat_map(|(_, notes)| notes.objects.iter());
+        objects.filter(|(_, note)| note.first <= through.0 && note.epoch < epoch).map(|(oid, _)| *oid).collect()
+    }
+
+    /// What volumes that `of` picks wrote up to `through`, and what others wrote from `epoch` on, is durable on all holders, or
+    /// known to be lost. Gives whether anything was lost of the volumes that `told` picks, which then has been told.
+    pub fn end(
+        &self,
+        through: Through,
+        epoch: Epoch,
+        of: impl Fn(VdiId) -> bool,
+        told: impl Fn(VdiId) -> bool,
+    ) -> bool {
         let mut table = self.table();
         let mut told_any = false;
         table.volumes.retain(|vdi, notes| {
-            notes.objects.retain(|_, note| note.number > through.0);
+            let is_of = of(*vdi);
+            notes.objects.retain(|_, note| note.number > through.0 || (note.epoch < epoch && !is_of));
+            notes.first_epoch = notes.objects.values().map(|note| note.epoch).min().unwrap_or(epoch);
             if notes.lost && told(*vdi) {
                 notes.lost = false;
                 told_any = true;
@@ -171,7 +202,6 @@ mod tests {
     use sheep_core::command::Command;
     use sheep_core::level::Level;
     use sheep_core::member::{Member, NodeId};
-    use sheep_core::stamp::Epoch;
 
     fn vdi(id: u32) -> VdiId {
         VdiId::new(id).unwrap()
@@ -195,15 +225,29 @@ mod tests {
         ended(&unflushed, 5);
         unflushed.acknowledged(&write(1, 0, 1, 0), 2);
         ended(&unflushed, 1);
-        assert!(unflushed.endangered(unflushed.begin()).is_empty());
+        assert!(unflushed.endangered(unflushed.begin(), |_| true).is_empty());
         ended(&unflushed, 1);
         let through = unflushed.begin();
         unflushed.acknowledged(&write(1, 1, 2, 0), 2);
-        let endangered = unflushed.endangered(through);
+        assert!(unflushed.endangered(through, |id| id == vdi(2)).is_empty(), "another volume's");
+        let endangered = unflushed.endangered(through, |_| true);
         assert_eq!(endangered.len(), 1, "what came after the flush began is the next one's");
         assert_eq!(endangered[0].1.stamp.sequence, 1);
-        assert!(!unflushed.end(through, |_| true));
-        assert_eq!(unflushed.endangered(unflushed.begin()).len(), 1);
+        assert!(!unflushed.end(through, Epoch(1), |_| true, |_| true));
+        assert_eq!(unflushed.endangered(unflushed.begin(), |_| true).len(), 1);
+    }
+
+    #[test]
+    fn a_later_write_does_not_hide_an_earlier_one_from_its_flush() {
+        let unflushed = Unflushed::default();
+        unflushed.acknowledged(&write(1, 0, 1, 0), 1);
+        let through = unflushed.begin();
+        unflushed.acknowledged(&write(1, 0, 2, 0), 1);
+        ended(&unflushed, 1);
+        assert_eq!(unflushed.endangered(through, |_| true).len(), 1);
+        assert_eq!(unflushed.acknowledged_before(Epoch(2), through, |_| true).len(), 1);
+        unflushed.end(through, Epoch(2), |_| true, |_| true);
+        assert_eq!(unflushed.endangered(unflushed.begin(), |_| true).len(), 1, "the later one is the next one's");
     }
 
     #[test]
@@ -212,11 +256,11 @@ mod tests {
         unflushed.acknowledged(&write(1, 0, 1, 0), 1);
         unflushed.acknowledged(&write(1, 0, 2, FLAG_DURABLE), 1);
         ended(&unflushed, 3);
-        assert!(unflushed.endangered(unflushed.begin()).is_empty());
+        assert!(unflushed.endangered(unflushed.begin(), |_| true).is_empty());
         unflushed.acknowledged(&write(1, 0, 4, 0), 1);
         unflushed.acknowledged(&write(1, 0, 3, FLAG_DURABLE), 1);
         ended(&unflushed, 1);
-        assert_eq!(unflushed.endangered(unflushed.begin()).len(), 1, "nor what comes after it");
+        assert_eq!(unflushed.endangered(unflushed.begin(), |_| true).len(), 1, "nor what comes after it");
     }
 
     #[test]
@@ -225,7 +269,7 @@ mod tests {
         unflushed.acknowledged(&write(1, 0, 7, 0), 3);
         unflushed.acknowledged(&write(1, 0, 5, 0), 1);
         ended(&unflushed, 1);
-        let endangered = unflushed.endangered(unflushed.begin());
+        let endangered = unflushed.endangered(unflushed.begin(), |_| true);
         assert_eq!(endangered[0].1.stamp.sequence, 7);
     }
 
@@ -237,9 +281,9 @@ mod tests {
         ended(&unflushed, 1);
         let through = unflushed.begin();
         unflushed.lost(write(1, 0, 1, 0).oid);
-        assert!(!unflushed.end(through, |id| id == vdi(2)));
-        assert!(unflushed.end(through, |id| id == vdi(1)));
-        assert!(!unflushed.end(through, |id| id == vdi(1)));
+        assert!(!unflushed.end(through, Epoch(1), |_| true, |id| id == vdi(2)));
+        assert!(unflushed.end(through, Epoch(1), |_| true, |id| id == vdi(1)));
+        assert!(!unflushed.end(through, Epoch(1), |_| true, |id| id == vdi(1)));
     }
 
     #[test]
@@ -259,6 +303,34 @@ mod tests {
             assert!(!unflushed.acknowledged(&write(1, index, u64::from(index) + 1, 0), 1));
         }
         assert!(unflushed.acknowledged(&write(1, OBJECTS_MAX as u32, u64::MAX, 0), 1));
+    }
+
+    #[test]
+    fn what_earlier_epochs_acknowledged_is_kept_until_its_own_volume_is_flushed() {
+        let unflushed = Unflushed::default();
+        let in_epoch = |epoch, vdi_id, index, sequence| {
+            let request = PeerRequest { epoch: Epoch(epoch), ..write(vdi_id, index, sequence, 0) };
+            unflushed.acknowledged(&request, 2);
+        };
+        let before = |epoch, vdi_id| {
+            unflushed.acknowledged_before(Epoch(epoch), unflushed.begin(), |id| id == vdi(vdi_id)).len()
+        };
+        in_epoch(1, 1, 0, 1);
+        in_epoch(1, 1, 1, 2);
+        in_epoch(1, 2, 0, 1);
+        assert_eq!((before(1, 1), before(2, 1)), (0, 2));
+        // All holders of 2 have the object since then.
+        in_epoch(2, 1, 0, 4);
+        assert_eq!((before(2, 1), before(3, 1)), (1, 2));
+        in_epoch(1, 1, 0, 3);
+        assert_eq!(before(2, 1), 1, "an answer that came later says nothing of the time");
+        let through = unflushed.begin();
+        in_epoch(2, 1, 2, 5);
+        assert_eq!(unflushed.acknowledged_before(Epoch(3), through, |_| true).len(), 3, "nor what came after it began");
+        unflushed.end(through, Epoch(2), |id| id == vdi(1), |_| true);
+        assert_eq!((before(3, 1), before(2, 2)), (1, 1));
+        unflushed.end(unflushed.begin(), Epoch(2), |_| true, |_| true);
+        assert_eq!((before(3, 1), before(3, 2)), (0, 0));
     }
 
     #[test]

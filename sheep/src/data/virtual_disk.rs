@@ -513,7 +513,8 @@ impl VirtualDisk {
         Ok(())
     }
 
-    /// Every write that was answered before is durable when this is done, whichever connection or node it came through.
+    /// Every write that was answered before is durable on all its holders when this is done: see `flush.rs` for those that came
+    /// through another node.
     pub async fn flush(&self) -> Result<(), DiskError> {
         Ok(super::flush::flush(&self.data, self.id().ok()).await?)
     }

@@ -290,6 +290,7 @@ pub fn lose(data: &Data, lease: &Arc<Lease>, state: &mut LeaseState) {
 
 fn finish(data: &Data, lease: &Arc<Lease>, state: &mut LeaseState, sequence: u64, result: Result<(), WriteError>) {
     if let Some(mut write) = state.remove(sequence) {
+        write.request.epoch = state.epoch;
         if result.is_ok() && data.unflushed().acknowledged(&write.request, write.taken) {
             tokio::spawn(flush::flush_by_itself(data.clone()));
         }
