@@ -15,7 +15,7 @@ pub enum Bug {
     TrustedCopy,
     /// A holder takes writes of an epoch that is over.
     OldEpoch,
-    /// A holder takes writes of a lease that is somebody else's by now.
+    /// A lease is passed on with writes under way, and holders take those although it is somebody else's by now.
     OldLease,
     /// What a dead writer left half-written is not compared.
     ForgottenSuspects,
