@@ -19,9 +19,21 @@ const SCENARIOS: &[u64] = &[207, 282, 1023, 1037, 20051, 20109];
 /// 653988624: a read that began on a node which had been evicted without hearing of it told what the lost lease had known.
 /// 2100031 and 8000130: after an outage that took one machine for good, the others waited for what it might have known.
 /// 8000273: a gateway that lost its lease, because the cluster was shut down, told what was on one holder only.
+/// 12001824: with a disk full, what a dead writer had left on one holder was shown before the full one had it, and was gone later.
 /// 8001085: a node that was out did not know where the leader was, and came back never.
-const SCENARIOS_OF_ALL: &[u64] =
-    &[800_011, 931_088, 1_000_124, 1_000_787, 2_100_031, 6_100_081, 8_000_130, 8_000_273, 8_001_085, 653_988_624];
+const SCENARIOS_OF_ALL: &[u64] = &[
+    800_011,
+    931_088,
+    1_000_124,
+    1_000_787,
+    2_100_031,
+    6_100_081,
+    8_000_130,
+    8_000_273,
+    8_001_085,
+    12_001_824,
+    653_988_624,
+];
 /// Some more, of all kinds.
 const MORE: std::ops::Range<u64> = 0..12;
 

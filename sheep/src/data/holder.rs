@@ -66,9 +66,11 @@ struct State {
     suspects: HashSet<Oid>,
     /// Those of `suspects` that this node knew of when the epoch began: what it tells the others when they ask.
     told: Vec<Oid>,
-    /// VDIs whose writer was lost with this epoch, until everybody has told what it left half-written: a holder that
+    /// VDIs whose writer was lost with this epoch or an earlier one, until everybody has told what it left half-written: a holder that
     /// missed the writer's last write cannot know of it by itself.
     unsure: HashSet<VdiId>,
+    /// Whether others may know of half-written objects that this node has not heard of in this epoch.
+    hearing: bool,
     /// False until the first epoch: a process that just started did not take part in the one before.
     entered: bool,
     /// The cluster was formatted and the old objects are not gone yet: nothing is taken.
@@ -230,6 +232,7 @@ impl Holder {
             suspects: HashSet::new(),
             told: Vec::new(),
             unsure: HashSet::new(),
+            hearing: false,
             entered: false,
             wiping: false,
             damaged: HashSet::new(),
@@ -305,8 +308,9 @@ impl Holder {
             && !state.recovering
             && in_since.is_some_and(|since| since <= previous)
             && self.store.clean_through() == previous;
-        if !state.continued {
+        if view.state.cluster_id != state.view.state.cluster_id {
             state.suspects.clear();
+            state.unsure.clear();
         }
         if in_since.is_none_or(|since| since > previous) {
             // What others wrote and removed while this process was out, it has not seen.
@@ -317,7 +321,10 @@ impl Holder {
         if !lost.is_empty() {
             marks::hit(Mark::WriterLost);
         }
-        let mut told = Vec::new();
+        // What a lost writer left on some holders is in doubt until all have it, however many epochs that takes: one that lacks it
+        // and stayed in is taken for current (`History::current_as_of`), and nobody may have been shown what it does not have.
+        let mut told: Vec<Oid> = state.suspects.iter().copied().collect();
+        told.sort_unstable();
         for (vdi, marks) in &mut state.marks {
             let held = view.state.leases.get(&vdi.get()).is_some_and(|lease| {
                 // A writer that is still there sends again what was under way.
@@ -329,10 +336,12 @@ impl Holder {
         }
         if planted::is(Bug::ForgottenSuspects) {
             told.clear();
+            state.suspects.clear();
         }
         state.suspects.extend(told.iter().copied());
         state.told = told;
-        state.unsure = lost;
+        state.unsure.extend(lost);
+        state.hearing = !state.continued || !state.unsure.is_empty();
         state.wiping = false;
         state.recovering = true;
         state.confirmed.clear();
@@ -421,8 +430,7 @@ impl Holder {
 
     /// Whether a writer was, or may have been, lost with this epoch, so that the others must be asked.
     pub fn must_hear_suspects(&self) -> bool {
-        let state = self.state();
-        !state.continued || !state.unsure.is_empty()
+        self.state().hearing
     }
 
     /// Everybody has told what lost writers left half-written.
@@ -435,6 +443,7 @@ impl Holder {
         // What was compared in this epoch already was compared with everybody.
         state.suspects.extend(suspects.into_iter().filter(|oid| !state.confirmed.contains(oid)));
         state.unsure.clear();
+        state.hearing = false;
         state.deferring = true;
         self.defer_parked(state);
         self.changed.notify_waiters();
@@ -693,7 +702,7 @@ impl Holder {
     /// used.
     pub fn is_doubtful(&self, oid: Oid) -> bool {
         let state = self.state();
-        state.suspects.contains(&oid) || state.unsure.contains(&oid.vid())
+        state.hearing || state.suspects.contains(&oid)
     }
 
     /// Whether a removal waits for the object to become current.

@@ -46,7 +46,9 @@ pub async fn survey(data: &Data, holder: &Arc<Holder>, view: &Arc<View>) -> Resu
         if holder.is_current(oid) {
             continue;
         }
-        if !is_newest_here(data, holder, view, oid, answers) || !holder.confirm(oid, view.epoch()) {
+        // What a writer left half-written has to be on all holders first, which the lists are no proof of.
+        let is_sure = !holder.is_doubtful(oid) && is_newest_here(data, holder, view, oid, answers);
+        if !is_sure || !holder.confirm(oid, view.epoch()) {
             work.insert(oid);
         }
     }
