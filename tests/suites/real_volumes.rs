@@ -19,7 +19,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Result, ensure};
 use qemu_proto::inode::VM_STATE_SIZE_OFFSET;
 use qemu_proto::oid::{Oid, VdiId};
-use tests::clients::{Client, Request, Volume, opcode};
+use tests::clients::{Client, Request, Volume, opcode, padded, result};
 use tests::command::skipped;
 use tests::loop_fs::{FsKind, LoopFs};
 use tests::nbd_client::{NbdClient, Style};
@@ -303,6 +303,45 @@ fn an_idle_connection_follows_a_snapshot_that_was_deleted_meanwhile() -> Result<
         ensure!(Instant::now() < deadline, "a deleted volume is read on and on");
     };
     ensure!(refused.to_string().contains("does not exist any more"), "{refused:#}");
+    cluster.finish()
+}
+
+/// As QEMU's driver asks for a snapshot of what it takes for the working VDI.
+fn snapshot_request(size_bytes: u64, base: VdiId) -> Request {
+    Request::new(opcode::NEW_VDI).with_u64(16, size_bytes).with_u32(24, base.get()).with_u32(32, 1)
+}
+
+#[test]
+fn a_client_that_is_behind_takes_nothing_back() -> Result<()> {
+    let cluster = Cluster::three()?;
+    dog(&cluster, &["vdi", "create", "disk", "8M"])?;
+    // It is about to make a snapshot of what is the working VDI now; somebody else is faster.
+    let mut late = cluster.client(1)?;
+    let base = late.look_up("disk", "", 0)?;
+    dog(&cluster, &["vdi", "snapshot", "-s", "first", "disk"])?;
+    let content = bytes(8 << 20, 71);
+    let mut guest = nbd(&cluster, 0, "disk")?;
+    guest.write(0, &content, 0)?;
+    guest.flush()?;
+    let answer = late.call(snapshot_request(8 << 20, base), &padded(&["disk"]))?;
+    ensure!(answer.result() != result::SUCCESS, "a successor of what is not the working VDI any more");
+    holds(&cluster, 0, "disk", &content)?;
+    holds(&cluster, 2, "disk", &content)?;
+    // Its size is the volume's, whatever a client remembers.
+    dog(&cluster, &["vdi", "resize", "disk", "16M"])?;
+    let base = late.look_up("disk", "", 0)?;
+    late.call(snapshot_request(8 << 20, base), &padded(&["disk"]))?.success("a snapshot")?;
+    let grown = [content, vec![0; 8 << 20]].concat();
+    holds(&cluster, 0, "disk", &grown)?;
+    // Two at once are one after the other.
+    std::thread::scope(|scope| {
+        let make = |tag: &'static str| scope.spawn(|| dog(&cluster, &["vdi", "snapshot", "-s", tag, "disk"]));
+        let made = ["left", "right"].map(make);
+        made.into_iter().try_for_each(|one| one.join().expect("it does not panic").map(drop))
+    })?;
+    let list = dog(&cluster, &["vdi", "list", "-r", "disk"])?;
+    ensure!(list.contains(" left ") && list.contains(" right ") && list.contains(" first "), "{list}");
+    holds(&cluster, 1, "disk", &grown)?;
     cluster.finish()
 }
 

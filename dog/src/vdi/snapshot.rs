@@ -1,20 +1,20 @@
 //! `dog vdi snapshot`
 //!
-//! The tag is written into the working VDI's inode first and means nothing there; then one request of the cluster turns that
-//! VDI into the snapshot. An interruption between the two leaves a tag that the next snapshot overwrites.
+//! With a tag it is one request to the cluster's order, which gives the tag as well: of two at once both are made, one after the
+//! other. Without, the request is that of the protocol, and refused if somebody else was faster.
 
 use qemu_proto::inode::TAG_OFFSET;
 use qemu_proto::names::padded;
-use qemu_proto::oid::Oid;
+use qemu_proto::oid::{Oid, VdiId};
 use qemu_proto::status::Status;
 
 use super::volume::{self, Volume};
 use crate::args;
-use crate::connect::Sheep;
+use crate::connect::{Sheep, Trouble};
 use crate::exit::Failure;
 use crate::meaning::{self, Selector, Target, shown};
 use crate::report::Report;
-use crate::requests::{self, NewVdi};
+use crate::requests::{self, Header, NewVdi};
 
 /// Runs the command.
 pub fn run(typed: &args::Snapshot, target: Target) -> Result<Report, Failure> {
@@ -47,20 +47,21 @@ pub fn run(typed: &args::Snapshot, target: Target) -> Result<Report, Failure> {
             return Ok(Report::silent());
         }
     }
-    if tag != header.tag {
-        let oid = Oid::inode(current);
-        requests::write_object(&mut sheep, oid, TAG_OFFSET as u64, &padded(&tag))
-            .map_err(|trouble| volume::not_written(oid, trouble))?;
-    }
-    let new = NewVdi {
-        size_bytes: header.size_bytes,
-        base: Some(current),
-        redundancy: (header.copies, header.copy_policy),
-        shift: header.shift,
-        makes_snapshot: true,
+    let (working, current) = if tag.is_empty() {
+        snapshot_untagged(&mut sheep, name, current, &header)
+            .map_err(|trouble| trouble.or(|reason| not_made(&reason)))?
+    } else {
+        order(&mut sheep, &[name], &tag)
+            .map_err(|failure| failure.about(&format!("Failed to create snapshot for {}", shown(name))))?;
+        let mut look_up = |selector: &Selector| {
+            requests::look_up(&mut sheep, name, selector).map_err(|trouble| trouble.or(|reason| not_made(&reason)))
+        };
+        if typed.verbose {
+            (look_up(&Selector::CURRENT)?, look_up(&Selector { tag: tag.clone(), id: 0 })?)
+        } else {
+            return Ok(Report::silent());
+        }
     };
-    let working =
-        requests::new_vdi(&mut sheep, name, &new).map_err(|trouble| trouble.or(|reason| not_made(&reason)))?;
     Ok(match (typed.verbose, typed.raw) {
         (true, true) => Report::text(format!("{working} {current}\n")),
         (true, false) => {
@@ -70,15 +71,41 @@ pub fn run(typed: &args::Snapshot, target: Target) -> Result<Report, Failure> {
     })
 }
 
+/// A snapshot without a tag: gives the new working VDI, and the snapshot.
+fn snapshot_untagged(
+    sheep: &mut Sheep,
+    name: &[u8],
+    current: VdiId,
+    header: &Header,
+) -> Result<(VdiId, VdiId), Trouble> {
+    if !header.tag.is_empty() {
+        // Left by a client that was interrupted.
+        requests::write_object(sheep, Oid::inode(current), TAG_OFFSET as u64, &padded(&[]))?;
+    }
+    let new = NewVdi {
+        size_bytes: header.size_bytes,
+        base: Some(current),
+        redundancy: (header.copies, header.copy_policy),
+        shift: header.shift,
+        makes_snapshot: true,
+    };
+    Ok((requests::new_vdi(sheep, name, &new)?, current))
+}
+
+/// Has the cluster make snapshots with a tag, of one moment.
+fn order(sheep: &mut Sheep, names: &[&[u8]], tag: &[u8]) -> Result<(), Failure> {
+    let names = names.iter().map(|name| meaning::as_text(name)).collect::<Result<Vec<_>, _>>()?;
+    let wish = serde_json::json!({"do": "snapshot-together", "names": names, "tag": meaning::as_text(tag)?});
+    requests::administer(sheep, &wish).map(drop)
+}
+
 /// Snapshots of several volumes, of one moment.
 fn together(sheep: &mut Sheep, typed: &args::Snapshot, names: &[&[u8]], tag: &[u8]) -> Result<Report, Failure> {
     if typed.reduce_identical_snapshots {
         return Err(Failure::usage("-R works with one VDI only: the snapshots of a group belong together"));
     }
-    let names = names.iter().map(|name| meaning::as_text(name)).collect::<Result<Vec<_>, _>>()?;
-    let wish = serde_json::json!({"do": "snapshot-together", "names": names, "tag": meaning::as_text(tag)?});
-    requests::administer(sheep, &wish)
-        .map_err(|failure| failure.about(&format!("Failed to create snapshots for {}", names.join(", "))))?;
+    let all = names.iter().map(|name| shown(name).to_string()).collect::<Vec<_>>().join(", ");
+    order(sheep, names, tag).map_err(|failure| failure.about(&format!("Failed to create snapshots for {all}")))?;
     Ok(Report::silent())
 }
 

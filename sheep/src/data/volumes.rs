@@ -93,13 +93,21 @@ async fn propose(data: &Data, command: Command) -> Result<VdiId, VolumeError> {
     }
 }
 
-/// Makes a volume, a clone, or (with `snapshot`) turns the working VDI into a snapshot and gives its successor.
+/// Makes a volume, a clone, or (with `snapshot`) turns the working VDI into a snapshot and gives its successor. A client that
+/// takes another VDI than that for the working one is behind, and told to look again: a successor of what it names would take
+/// back what was written since.
 pub async fn new_vdi(data: &Data, mut request: NewVdi) -> Result<Found, VolumeError> {
     let id = if request.snapshot {
         let current = lookup(data, &request.name, Target::Current).await?.id;
+        if request.base.is_some_and(|base| base != current) {
+            return Err(VolumeError::Refused(Refusal::LeaseLost));
+        }
         let node = data.node();
         lease_table::with_writes_stopped(data, current, async |generation| {
             request.drained = Some((node, generation));
+            // It may have grown since the client looked.
+            let size_bytes = data.view().state.live_vdi(current).map_or(0, |vdi| vdi.size_bytes);
+            request.size_bytes = request.size_bytes.max(size_bytes);
             propose(data, Command::NewVdi(request)).await
         })
         .await??
