@@ -389,18 +389,24 @@ fn a_slow_client_holds_nobody_up() -> Result<()> {
     let mut slow = TcpStream::connect(("127.0.0.1", ground.cluster.node(0).port))?;
     let header = Request::object(opcode::WRITE, data, 65536).flags(flag::WRITE).length(65536).to_bytes();
     slow.write_all(&header)?;
-    // One that asks for far more than it takes in.
+    // One that asks for far more than it takes in, and than the node has memory for.
     let mut greedy = ground.cluster.client(0)?;
-    for id in 0..200 {
+    greedy.set_deadline(Duration::from_secs(2))?;
+    for id in 0..10_000 {
         if greedy.send(Request::object(opcode::READ, data, 0).length(4 << 20).id(id), &[]).is_err() {
             break;
         }
     }
-    for byte in [0x33; 20] {
+    for byte in [0x33; 60] {
         slow.write_all(&[byte])?;
         ground.check_bystander("a slow client")?;
         std::thread::sleep(Duration::from_millis(20));
     }
+    let pid = ground.cluster.node(0).pid().context("node 0 runs")?;
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status"))?;
+    let peak = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).context("no VmHWM")?;
+    let peak_kib: u64 = peak.split_whitespace().next().context("no figure")?.parse()?;
+    ensure!(peak_kib < 400 << 10, "{peak_kib} KiB for answers that nobody takes");
     ground.finish()
 }
 

@@ -146,7 +146,8 @@ impl From<InodeError> for Again {
     fn from(error: InodeError) -> Again {
         match error {
             InodeError::Write(error) => error.into(),
-            InodeError::ReadOnly => Again::Yes,
+            // The map that was on the way up moved down meanwhile.
+            InodeError::ReadOnly | InodeError::Read(ReadFailure::Missing) => Again::Yes,
             error => Again::No(error.into()),
         }
     }

@@ -128,6 +128,11 @@ fn name_of(vdi: &Vdi) -> Vec<u8> {
 }
 
 impl Export {
+    /// Whether it is a throw-away overlay of a snapshot.
+    pub fn is_overlay(&self) -> bool {
+        self.overlay.is_some()
+    }
+
     /// Whether writes are refused.
     pub fn is_read_only(&self) -> bool {
         self.disk.is_snapshot()

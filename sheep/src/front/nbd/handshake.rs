@@ -204,7 +204,11 @@ impl Handshake<'_> {
     /// What an export can do, as flags.
     fn flags(&self, export: &Export) -> u16 {
         use export_flag as f;
-        let mut flags = f::HAS_FLAGS | f::SEND_FLUSH | f::SEND_FUA | f::CAN_MULTI_CONN | f::SEND_CACHE;
+        let mut flags = f::HAS_FLAGS | f::SEND_FLUSH | f::SEND_FUA | f::SEND_CACHE;
+        // Every connection to a throw-away overlay has one of its own.
+        if !export.is_overlay() {
+            flags |= f::CAN_MULTI_CONN;
+        }
         if export.is_read_only() {
             flags |= f::READ_ONLY;
         } else {

@@ -4,6 +4,7 @@
 //! `UNDER_WAY_BYTES_MAX` are under way; bytes that are no request end the connection and harm nobody else.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use bytes::Bytes;
 use qemu_proto::frame::payload_bytes;
@@ -19,6 +20,8 @@ use crate::world::net::Connection;
 
 /// Request and answer bytes under way per connection: sixteen requests of one 4 MiB object, as QEMU never has more.
 const UNDER_WAY_BYTES_MAX: usize = 64 << 20;
+/// How long to wait before looking again whether a client has read its answers.
+const QUEUE_PAUSE: Duration = Duration::from_millis(1);
 /// What a request costs besides its payload: its task.
 const REQUEST_COST_BYTES: usize = 4096;
 /// The largest object that the server keeps for clients; larger requests end the connection.
@@ -67,6 +70,13 @@ async fn serve_requests(front: &Front, connection: Connection) {
                 return;
             }
         };
+        // One that does not read its answers is not read either.
+        while sender.queued_bytes() > UNDER_WAY_BYTES_MAX {
+            front.data.world().clock.sleep(QUEUE_PAUSE).await;
+            if sender.is_closed() {
+                return;
+            }
+        }
         let writes_to = ops::written_vdi(&request);
         if is_silent || (writes_to.is_some() && writes_to != wrote_to) {
             locks::note(front, front.connection, writes_to);
