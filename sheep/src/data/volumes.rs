@@ -5,7 +5,8 @@ use std::pin::Pin;
 
 use bytes::{Bytes, BytesMut};
 use qemu_proto::oid::{ObjectKind, Oid, VdiId};
-use sheep_core::command::{Command, NewVdi, Outcome, Refusal};
+use sheep_core::command::{Command, NewVdi, Outcome, Refusal, VdiEdit};
+use sheep_core::level::Level;
 use sheep_core::limits::Limits;
 use sheep_core::vdi_name::Target;
 
@@ -146,6 +147,11 @@ fn stop_and_snapshot<'a>(
 ) -> Pin<Box<dyn Future<Output = Result<(), VolumeError>> + Send + 'a>> {
     Box::pin(async move {
         let Some(((vdi, name), rest)) = members.split_first() else {
+            if let [one] = &stopped[..]
+                && data.cluster().state().level < Level::VOLUME_CHANGES
+            {
+                return snapshot_with_tag(data, one, tag).await;
+            }
             let command = Command::SnapshotTogether { members: stopped, tag: tag.to_vec() };
             return order(data, command).await;
         };
@@ -167,6 +173,19 @@ fn stop_and_snapshot<'a>(
         })
         .await?
     })
+}
+
+/// One snapshot in two steps that nodes of every level understand. A daily snapshot must neither fail while nodes are updated
+/// nor keep them from going back. The lease keeps other snapshots from giving another tag in between.
+async fn snapshot_with_tag(data: &Data, stopped: &NewVdi, tag: &[u8]) -> Result<(), VolumeError> {
+    let state = data.cluster().barrier().await.map_err(|_| VolumeError::Order)?;
+    if !tag.is_empty() && state.lookup(&stopped.name, Target::new(tag, 0)).is_ok() {
+        return Err(VolumeError::Refused(Refusal::VdiExists));
+    }
+    let vdi = stopped.base.ok_or(VolumeError::Refused(Refusal::NoVdi))?;
+    let edit = VdiEdit { tag: Some(tag.to_vec()), ..VdiEdit::default() };
+    propose(data, Command::EditVdi { vdi, edit }).await?;
+    propose(data, Command::NewVdi(stopped.clone())).await.map(drop)
 }
 
 /// Gives a volume and its snapshots another name.
