@@ -8,7 +8,6 @@
 
 use std::collections::BTreeMap;
 use std::future::Future;
-use std::io;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -349,6 +348,103 @@ fn case_13_rot_and_missing_files_are_found_and_discarded_copies_can_be_replaced(
 }
 
 #[test]
+fn case_13_damage_that_was_written_over_in_part_survives_a_crash() {
+    run(async {
+        for power in [false, true] {
+            let disk = SimDisk::new(1);
+            let store = open(&disk).await;
+            create(&store, 1, 1, &[1; 100_000]).await;
+            let staged = store.stage(oid(2), 100_000).await.unwrap();
+            staged.set_damaged(vec![(5, 77)]).await.unwrap();
+            staged.install(version(1)).await.unwrap();
+            store.close().await.unwrap();
+            disk.flip_bit(&object_path(1), (CONTENT_OFFSET + 5 * 4096 + 17) * 8);
+            let store = open(&disk).await;
+            for number in [1, 2] {
+                overwrite(&store, number, 2, 5 * 4096 + 512, &[9; 512]).await;
+                overwrite(&store, number, 3, 5 * 4096 + 700, &[8; 9000]).await;
+            }
+            // They are applied now, and the checkpoint is far away.
+            tokio::time::sleep(Duration::from_secs(1)).await;
+            if power {
+                disk.power_cut(3);
+            } else {
+                disk.kill();
+            }
+            let store = open(&disk).await;
+            assert!(store.report().replayed_records >= 4);
+            for number in [1, 2] {
+                let read = async |block: u64| store.read(oid(number), block * 4096, 4096).await;
+                assert_eq!(
+                    read(5).await,
+                    Err(ReadError::Corrupt { block: Some(5) }),
+                    "object {number}, power: {power}"
+                );
+                assert_eq!(read(6).await.unwrap()[..], [8; 4096]);
+                overwrite(&store, number, 4, 5 * 4096, &[7; 4096]).await;
+                assert_eq!(read(5).await.unwrap()[..], [7; 4096]);
+            }
+        }
+    });
+}
+
+#[test]
+fn case_13_a_bad_sector_stops_the_store_once_and_no_start() {
+    run(async {
+        let mut whole_objects = 0;
+        for skip in 0..5 {
+            let disk = SimDisk::new(skip);
+            let store = open(&disk).await;
+            create(&store, 1, 1, &[1; 100_000]).await;
+            create(&store, 2, 1, &[2; 100_000]).await;
+            store.close().await.unwrap();
+            let store = open(&disk).await;
+            // From the inode, the header (read, then its file's length), the checksums, the block itself on.
+            disk.fail_medium("007c2b2500000001", skip, u64::MAX);
+            overwrite(&store, 1, 2, 5 * 4096 + 100, &[9; 10]).await;
+            assert!(matches!(store.checkpoint().await, Err(StoreError::Failed { .. })));
+            disk.kill();
+            disk.heal();
+            disk.fail_medium("007c2b2500000001", skip, u64::MAX);
+            let store = open(&disk).await;
+            disk.heal();
+            let read = async |number, block: u64| store.read(oid(number), block * 4096, 4096).await;
+            match read(1, 5).await {
+                // The object could not be opened: nothing was changed.
+                Ok(bytes) => assert!(skip < 3 && !bytes[..].contains(&9)),
+                Err(error) => assert_eq!(error, ReadError::Corrupt { block: Some(5) }),
+            }
+            whole_objects += u64::from(read(1, 7).await.is_ok());
+            assert_eq!(read(2, 5).await.unwrap()[..], [2; 4096]);
+            store.discard_corrupt(oid(1)).await.unwrap();
+            let staged = store.stage(oid(1), 100_000).await.unwrap();
+            staged.write(vec![(0, Bytes::from(vec![6; 100_000]))]).await.unwrap();
+            staged.install(version(2)).await.unwrap();
+            disk.kill();
+            let store = open(&disk).await;
+            assert_eq!(start_of(&store, 1, 100_000).await, vec![6; 100_000]);
+        }
+        assert_eq!(whole_objects, 4, "without checksums nothing can be read");
+        // In a part of the journal that holds nothing any more.
+        let disk = SimDisk::new(9);
+        let store = open(&disk).await;
+        create(&store, 1, 1, &[1; 100_000]).await;
+        disk.kill();
+        for skip in 3..10 {
+            disk.fail_medium("journal", skip, 3);
+            let opened = try_open(&disk, config()).await;
+            disk.heal();
+            // Where it holds something, or where what was written last would be, that is said.
+            match opened {
+                Ok(store) => assert_eq!(start_of(&store, 1, 100_000).await, vec![1; 100_000]),
+                Err(error) => assert!(matches!(error, OpenError::Io { .. }) && skip < 7, "{skip}: {error}"),
+            }
+            disk.kill();
+        }
+    });
+}
+
+#[test]
 fn case_14_damaged_small_files_and_index_entries_are_named() {
     run(async {
         for (name, bit) in [("superblock", 90), ("journal", 100), ("state", 130), ("index.redb", 0)] {
@@ -485,7 +581,7 @@ fn a_failing_device_stops_the_store_with_a_clear_error_and_loses_nothing() {
             let disk = SimDisk::new(1);
             let store = open(&disk).await;
             create(&store, 1, 1, &[1; 9000]).await;
-            disk.fail(part, operation, io::ErrorKind::Other, 0, u64::MAX);
+            disk.fail(part, operation, 0, u64::MAX);
             let ticket = submit(&store, write(1, 2, 0, &[2; 9000], WriteKind::Overwrite)).await.unwrap();
             let acknowledged = ticket.await.is_ok();
             assert!(matches!(store.checkpoint().await, Err(StoreError::Failed { .. })), "{part} {operation:?}");
@@ -498,6 +594,39 @@ fn a_failing_device_stops_the_store_with_a_clear_error_and_loses_nothing() {
             let byte = start_of(&store, 1, 9000).await[0];
             assert!(byte == 2 || (!acknowledged && byte == 1), "{part} {operation:?}: {byte}");
         }
+    });
+}
+
+#[test]
+fn recovery_fills_no_disk_to_the_brim_and_what_it_left_is_no_hindrance() {
+    run(async {
+        let disk = SimDisk::new(1);
+        disk.set_capacity(64 << 20);
+        let store = try_open(&disk, StoreConfig { reserve_bytes: 4 << 20, ..config() }).await.unwrap();
+        create(&store, 1, 1, &[1; 100_000]).await;
+        let mut staged = Vec::new();
+        let refusal = loop {
+            let next = match store.stage(oid(100 + staged.len() as u64), 1 << 20).await {
+                Ok(next) => next,
+                Err(error) => break error,
+            };
+            let written = next.write(vec![(0, Bytes::from(vec![1; 1 << 20]))]).await;
+            staged.push(next);
+            if let Err(error) = written {
+                break error;
+            }
+        };
+        assert_eq!(refusal, StoreError::NoSpace);
+        assert!((30..60).contains(&staged.len()), "{} MiB were taken", staged.len());
+        assert!(disk.free_bytes() >= 8 << 20);
+        // A later guest of that disk takes what was left; then the node is killed.
+        create(&store, 2, 1, &[2; 100_000]).await;
+        disk.set_capacity(disk.used_bytes());
+        disk.kill();
+        drop(staged);
+        let store = open(&disk).await;
+        assert_eq!(start_of(&store, 2, 100_000).await, vec![2; 100_000]);
+        assert!(store.report().removed_files >= 30);
     });
 }
 

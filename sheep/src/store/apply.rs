@@ -18,7 +18,7 @@ use super::object_file::{Base, Header, ObjectFile};
 use super::record::{Kind, Record};
 use super::state::{Committed, Inner, Shared};
 use super::submit::footprint_bytes;
-use crate::world::disk::Files;
+use crate::world::disk::{Files, is_unreadable};
 
 /// What the apply job does next.
 pub enum Next {
@@ -32,10 +32,8 @@ pub enum Next {
 
 impl Inner {
     fn next_apply(&mut self) -> Next {
-        while let Some((oid, disk)) = self.unlinkable.pop_front() {
-            if self.doomed.contains(&(oid, disk)) {
-                return Next::Unlink(oid, disk);
-            }
+        if let Some((oid, disk)) = self.next_unlink() {
+            return Next::Unlink(oid, disk);
         }
         let Some(next) = self.apply_queue.pop_front() else {
             self.applying = false;
@@ -48,6 +46,16 @@ impl Inner {
             return Next::Nothing;
         }
         Next::Record(next)
+    }
+
+    /// A file that nothing needs any more, not a replay either.
+    pub fn next_unlink(&mut self) -> Option<(u64, u8)> {
+        while let Some((file, number)) = self.unlinkable.pop_front() {
+            if self.doomed.get(&file) == Some(&number) {
+                return Some(file);
+            }
+        }
+        None
     }
 
     /// Whether a record has to wait for a checkpoint: see `state`, invariant 5.
@@ -83,7 +91,7 @@ impl Inner {
             self.pinned.insert(record.extra);
         }
         if record.kind == Kind::Remove {
-            self.doomed.insert((record.oid, record.disk));
+            self.doomed.insert((record.oid, record.disk), queued.number);
             self.handles.remove(record.oid);
             self.replacements += 1;
         }
@@ -145,7 +153,7 @@ impl Shared {
                 object.write(record.offset, &record.data, Base::Checked)?;
                 self.put_in_place(files, record, &making, object)
             }
-            Kind::Copy => self.apply_copy(files, record),
+            Kind::Copy => self.apply_copy(files, record, base),
             Kind::Install => {
                 let staged = self.layout.object_incoming(record.disk, record.oid, record.extra);
                 match files.rename(&staged, &self.layout.object(record.disk, record.oid)) {
@@ -162,7 +170,11 @@ impl Shared {
     }
 
     fn apply_overwrite(&self, files: &dyn Files, record: &Record, base: Base) -> io::Result<()> {
-        let Some(object) = self.handle(files, record.oid, record.disk, record.size_bytes)? else {
+        let object = match self.handle(files, record.oid, record.disk, record.size_bytes) {
+            Err(error) if base == Base::Replayed && is_unreadable(&error) => None,
+            other => other?,
+        };
+        let Some(object) = object else {
             tracing::error!("object {:016x}: its file is missing or damaged; recovery will replace it", record.oid);
             return Ok(());
         };
@@ -172,7 +184,7 @@ impl Shared {
         Ok(())
     }
 
-    fn apply_copy(&self, files: &dyn Files, record: &Record) -> io::Result<()> {
+    fn apply_copy(&self, files: &dyn Files, record: &Record, base: Base) -> io::Result<()> {
         let source = self.layout.object(record.source_disk, record.extra);
         let making = self.layout.object_new(record.disk, record.oid);
         let open = self.lock().handles.get(record.extra);
@@ -181,6 +193,9 @@ impl Shared {
         }
         match files.copy(&source, &making) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                return self.lose(files, record, "the object it is copied from");
+            }
+            Err(error) if base == Base::Replayed && is_unreadable(&error) => {
                 return self.lose(files, record, "the object it is copied from");
             }
             other => other?,

@@ -16,7 +16,7 @@ use super::hint;
 use super::index::{Changes, Index, State};
 use super::state::{Checkpoint, Inner, Shared};
 use super::{Store, StoreError};
-use crate::world::disk::{self, Files, OpenMode};
+use crate::world::disk::{self, Files, OpenMode, is_unreadable};
 
 /// Up to this many files are flushed one by one; more with one flush of their file systems, whose cost does not grow
 /// with their number.
@@ -37,7 +37,7 @@ impl Inner {
             changed: std::mem::take(&mut self.changed),
             dirty: std::mem::take(&mut self.dirty),
             renamed: std::mem::take(&mut self.renamed),
-            doomed: self.doomed.iter().copied().collect(),
+            doomed: self.doomed.clone(),
             spaces: Vec::new(),
         }
     }
@@ -90,7 +90,8 @@ impl Shared {
         let path = self.layout.meta_file(super::layout::INDEX);
         let state = State { tail: checkpoint.tail, epochs: checkpoint.epochs };
         let mut entries = checkpoint.changed.iter().map(|(oid, packed)| (*oid, *packed));
-        let changes = Changes { entries: &mut entries, doomed: &checkpoint.doomed, state };
+        let doomed: Vec<(u64, u8)> = checkpoint.doomed.keys().copied().collect();
+        let changes = Changes { entries: &mut entries, doomed: &doomed, state };
         let index = self.index.lock().unwrap_or_else(PoisonError::into_inner);
         let Some(index) = index.as_ref() else {
             return Err(format!("{}: closed", path.display()));
@@ -144,7 +145,7 @@ impl Shared {
             Ok(file) => file.sync_data(),
             // Lost to damage, which the applier has reported; or its name is changing hands just now, and the
             // record that does it is replayed.
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+            Err(error) if error.kind() == io::ErrorKind::NotFound || is_unreadable(&error) => Ok(()),
             Err(error) => Err(error),
         }
     }

@@ -17,7 +17,7 @@ use super::checksum::{BLOCK_BYTES, crc32c};
 use super::fields::{u32_at, u64_at};
 use super::layout;
 use super::record::{self, Record, decode_batch, decode_batch_head};
-use crate::world::disk::{File, Files, OpenMode};
+use crate::world::disk::{File, Files, OpenMode, is_unreadable};
 use crate::world::planted::{self, Bug};
 
 const MAGIC: [u8; 8] = *b"SHEEPLOG";
@@ -233,13 +233,13 @@ impl Journal {
         let limit = tail.offset + self.ring_bytes;
         let mut offset = end.offset + block_bytes;
         while self.sync && offset + block_bytes <= limit {
-            let window = self.read_ring(offset, (limit - offset).min(BUFFER_BYTES as u64) as usize)?;
+            let window = self.read_old_ring(offset, (limit - offset).min(BUFFER_BYTES as u64) as usize)?;
             for (index, block) in window.chunks_exact(BLOCK_BYTES).enumerate() {
                 let at = offset + (index * BLOCK_BYTES) as u64;
                 let newer = decode_batch_head(block, self.store).filter(|head| head.sequence > end.sequence);
                 if let Some(head) = newer
                     && head.length_bytes <= limit - at
-                    && decode_batch(self.read_ring(at, head.length_bytes as usize)?, self.store).is_some()
+                    && decode_batch(self.read_old_ring(at, head.length_bytes as usize)?, self.store).is_some()
                 {
                     return Ok(End::Rotten { sequence: end.sequence });
                 }
@@ -247,6 +247,21 @@ impl Journal {
             offset += window.len() as u64;
         }
         Ok(if claimed { End::Torn } else { End::Clean })
+    }
+
+    /// Reads what is probably overwritten next; what the device does not give comes as zeros: no batch begins there.
+    fn read_old_ring(&self, offset: u64, length: usize) -> io::Result<Vec<u8>> {
+        match self.read_ring(offset, length) {
+            Err(error) if is_unreadable(&error) && length > BLOCK_BYTES => {
+                let mut bytes = Vec::with_capacity(length);
+                for at in (0..length).step_by(BLOCK_BYTES) {
+                    bytes.extend(self.read_old_ring(offset + at as u64, BLOCK_BYTES)?);
+                }
+                Ok(bytes)
+            }
+            Err(error) if is_unreadable(&error) => Ok(vec![0; length]),
+            read => read,
+        }
     }
 
     fn read_ring(&self, offset: u64, length: usize) -> io::Result<Vec<u8>> {

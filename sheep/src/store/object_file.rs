@@ -21,7 +21,7 @@ use sheep_core::stamp::Version;
 use sheep_core::zeros::is_zero;
 
 use super::checksum::{BLOCK_BYTES, block_tag, crc32c, round_up};
-use crate::world::disk::{File, Files, OpenMode};
+use crate::world::disk::{File, Files, OpenMode, is_unreadable};
 use crate::world::planted::{self, Bug};
 
 const MAGIC: [u8; 8] = *b"SHEEPOBJ";
@@ -41,7 +41,8 @@ const PIECE_ENTRIES: usize = BLOCK_BYTES / 4;
 /// Table entries that a disk loses together: those of one sector of 512 bytes.
 const SECTOR_ENTRIES: usize = 512 / 4;
 
-/// The tag of a damaged block of which nothing is known.
+/// The tag of a damaged block of which nothing is known: also of one that was written in part since. A replay must not take
+/// it for a torn one. One sound block in 2^32 has this tag.
 const NO_CONTENT: u32 = u32::MAX;
 
 /// Zeros of at least this many bytes are punched out instead of written: below, the call costs more than it saves.
@@ -120,7 +121,8 @@ impl Header {
 pub enum Base {
     /// They must agree with the table; if one does not, it stays recognizably damaged after the write.
     Checked,
-    /// Journal replay: a difference is what a power loss left and what the replay repairs.
+    /// Journal replay: a difference is what a power loss left and what the replay repairs. What the device does not give now
+    /// was read in vain before the restart, too, and is damaged.
     Replayed,
 }
 
@@ -230,6 +232,10 @@ impl ObjectFile {
             return Ok(());
         }
         let _guard = self.lock.lock().unwrap_or_else(PoisonError::into_inner);
+        self.write_table_locked()
+    }
+
+    fn write_table_locked(&self) -> io::Result<()> {
         for (index, piece) in self.pieces.iter().enumerate() {
             let Some(piece) = piece.get().filter(|piece| piece.is_unwritten.load(Ordering::Relaxed)) else { continue };
             let bytes: Vec<u8> = piece.tags.iter().flat_map(|tag| tag.load(Ordering::Relaxed).to_le_bytes()).collect();
@@ -364,6 +370,18 @@ impl ObjectFile {
         Ok(self.pieces[index].get_or_init(|| Piece { tags, is_unwritten: AtomicBool::new(false) }))
     }
 
+    /// As `load_piece`, but entries that the device does not give are those of damaged blocks.
+    fn load_or_lose_piece(&self, index: usize) -> io::Result<()> {
+        match self.load_piece(index) {
+            Err(error) if is_unreadable(&error) => {
+                let tags = (0..PIECE_ENTRIES).map(|_| AtomicU32::new(NO_CONTENT)).collect();
+                self.pieces[index].get_or_init(|| Piece { tags, is_unwritten: AtomicBool::new(true) });
+                Ok(())
+            }
+            loaded => loaded.map(drop),
+        }
+    }
+
     /// Writes `data` at `offset` of the content and the checksums with it. `Ok(false)`: a block that was covered only
     /// in part was damaged, and still is.
     pub fn write(&self, offset: u64, data: &[u8], base: Base) -> io::Result<bool> {
@@ -421,6 +439,12 @@ impl ObjectFile {
         let block_bytes = BLOCK_BYTES as u64;
         let first = offset / block_bytes;
         let skip = (offset % block_bytes) as usize;
+        if base == Base::Replayed {
+            let last = (offset + data.len() as u64 - 1) / block_bytes;
+            for piece in first as usize / PIECE_ENTRIES..=last as usize / PIECE_ENTRIES {
+                self.load_or_lose_piece(piece)?;
+            }
+        }
         let mut sound = true;
         let mut tags = Vec::with_capacity(data.len() / BLOCK_BYTES + 2);
         let mut head = None;
@@ -437,6 +461,12 @@ impl ObjectFile {
         if !part.is_empty() {
             let last = whole_first + (whole.len() / BLOCK_BYTES) as u64;
             tail = Some(self.merge(last, 0, part, base, &mut tags, &mut sound)?);
+        }
+        if !sound {
+            // Before the content: a replay that finds it changed knows from this that it was damaged before.
+            self.set_tags(first, &tags)?;
+            self.write_table_locked()?;
+            self.file.sync_data()?;
         }
         let content = self.geometry.content_offset() + first * block_bytes;
         if whole.len() >= PUNCH_BYTES_MIN && is_zero(whole) {
@@ -471,14 +501,20 @@ impl ObjectFile {
         sound: &mut bool,
     ) -> io::Result<Box<[u8; BLOCK_BYTES]>> {
         let mut bytes = Box::new([0; BLOCK_BYTES]);
-        self.file.read_at(&mut bytes[..], self.geometry.content_offset() + block * BLOCK_BYTES as u64)?;
+        let read = self.file.read_at(&mut bytes[..], self.geometry.content_offset() + block * BLOCK_BYTES as u64);
         let piece = self.load_piece(block as usize / PIECE_ENTRIES)?;
         let expected = piece.tags[block as usize % PIECE_ENTRIES].load(Ordering::Relaxed);
-        let intact = base == Base::Replayed || expected == block_tag(&bytes[..]);
+        let intact = match read {
+            Ok(_) => expected == block_tag(&bytes[..]) || (base == Base::Replayed && expected != NO_CONTENT),
+            Err(error) if base == Base::Replayed && is_unreadable(&error) => {
+                bytes.fill(0);
+                false
+            }
+            Err(error) => return Err(error),
+        };
         bytes[skip..skip + part.len()].copy_from_slice(part);
-        let tag = block_tag(&bytes[..]);
-        // A damaged block must not be blessed with a fresh checksum: a tag that cannot match keeps it damaged.
-        tags.push(if intact { tag } else { !tag });
+        // A damaged block must not be blessed with a fresh checksum.
+        tags.push(if intact { block_tag(&bytes[..]) } else { NO_CONTENT });
         *sound &= intact;
         Ok(bytes)
     }

@@ -8,7 +8,7 @@
 //! 2. Opening is repeatable: a crash in the middle of it leaves a state that opens.
 //! 3. Whatever is read and built upon is made durable first: after a kill it may be visible only.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -338,7 +338,7 @@ impl Opening<'_> {
         check_disks(&layout, &loaded.entries)?;
         let mut inner = Inner::new(loaded.entries, loaded.state.epochs, loaded.state.tail, journal.ring_bytes());
         let known = |(_, disk): &(u64, u8)| usize::from(*disk) < layout.disks.len();
-        inner.doomed = loaded.doomed.into_iter().filter(known).collect();
+        inner.doomed = loaded.doomed.into_iter().filter(known).map(|file| (file, 0)).collect();
         Ok(Shared {
             world: self.world,
             runtime: self.runtime,
@@ -365,6 +365,17 @@ fn check_disks(layout: &Layout, entries: &Entries) -> Result<(), OpenError> {
     }
 }
 
+/// What the journal says of staged contents.
+struct Installs {
+    /// For every object, the last one that was put in place before the crash: counted from the tail. What the journal says
+    /// about the object before that must not touch its file again.
+    in_place: BTreeMap<u64, u64>,
+    /// Files that the replay puts in place.
+    staged: BTreeSet<PathBuf>,
+    /// How the journal ends.
+    how: End,
+}
+
 /// A replay's errors; `From` is what the journal's scan asks for.
 struct ReplayError(OpenError);
 
@@ -378,16 +389,18 @@ impl Shared {
     /// Replays the journal, checkpoints, removes leftovers.
     fn recover(&self, files: &dyn Files, report: &mut OpenReport) -> Result<(), OpenError> {
         let mut journal = self.journal.lock().unwrap_or_else(PoisonError::into_inner);
-        let installed = self.find_installed(files, &journal)?;
-        let (end, how) = self.replay(files, &journal, &installed, report)?;
-        report.cut_tail = how == End::Torn;
-        if report.cut_tail {
-            marks::hit(Mark::JournalTailCut);
-        }
+        let Installs { in_place, staged, how } = self.find_installed(files, &journal)?;
         if let End::Rotten { sequence } = how {
             let what =
                 format!("commit {sequence} is damaged although later ones are whole: acknowledged writes are lost");
             return Err(damaged(&self.layout.journal(), what));
+        }
+        // First of all: a disk that they filled has no room for a replay.
+        report.removed_files += self.remove_half_made(files, &staged)?;
+        let end = self.replay(files, &journal, &in_place, report)?;
+        report.cut_tail = how == End::Torn;
+        if report.cut_tail {
+            marks::hit(Mark::JournalTailCut);
         }
         let unlinked = {
             let mut inner = self.lock();
@@ -397,16 +410,14 @@ impl Shared {
         };
         if unlinked {
             self.checkpoint_now(files)?;
-            let doomed: Vec<(u64, u8)> = self.lock().unlinkable.drain(..).collect();
-            for (oid, disk) in doomed {
-                // A checkpoint in the middle of the replay may have named an object that was made again after it.
-                if self.lock().doomed.contains(&(oid, disk)) {
-                    self.unlink(files, oid, disk);
-                    report.removed_files += 1;
-                }
+            loop {
+                let next = self.lock().next_unlink();
+                let Some((oid, disk)) = next else { break };
+                self.unlink(files, oid, disk);
+                report.removed_files += 1;
             }
         }
-        report.removed_files += self.remove_half_made(files)?;
+        report.removed_files += self.remove_half_made(files, &BTreeSet::new())?;
         if journal.ring_bytes() != self.config.journal_bytes / 4096 * 4096 {
             // Nothing is left to replay: an empty journal of the wanted size takes its place.
             let path = self.layout.journal();
@@ -421,26 +432,28 @@ impl Shared {
         Ok(())
     }
 
-    /// For every object, the last staged content in the journal that was put in place before the crash: counted from
-    /// the tail. What the journal says about the object before that must not touch its file again.
-    fn find_installed(&self, files: &dyn Files, journal: &Journal) -> Result<BTreeMap<u64, u64>, OpenError> {
+    /// Looks through the journal for staged contents.
+    fn find_installed(&self, files: &dyn Files, journal: &Journal) -> Result<Installs, OpenError> {
         let tail = self.lock().checkpoint_tail;
-        let mut installed = BTreeMap::new();
+        let mut in_place = BTreeMap::new();
+        let mut waiting = BTreeSet::new();
         let mut count = 0;
         let scanned = journal.scan::<ReplayError>(tail, |position, records| {
             for record in records.iter().skip(position.skip as usize) {
                 if record.kind == Kind::Install && usize::from(record.disk) < self.layout.disks.len() {
                     let staged = self.layout.object_incoming(record.disk, record.oid, record.extra);
-                    if !files.exists(&staged)? {
-                        installed.insert(record.oid, count);
+                    if files.exists(&staged)? {
+                        waiting.insert(staged);
+                    } else {
+                        in_place.insert(record.oid, count);
                     }
                 }
                 count += 1;
             }
             Ok(())
         });
-        scanned.map_err(|error| error.0)?;
-        Ok(installed)
+        let (_, how) = scanned.map_err(|error| error.0)?;
+        Ok(Installs { in_place, staged: waiting, how })
     }
 
     fn replay(
@@ -449,7 +462,7 @@ impl Shared {
         journal: &Journal,
         installed: &BTreeMap<u64, u64>,
         report: &mut OpenReport,
-    ) -> Result<(Position, End), OpenError> {
+    ) -> Result<Position, OpenError> {
         let tail = self.lock().checkpoint_tail;
         let mut count = 0;
         let scanned = journal.scan::<ReplayError>(tail, |position, records| {
@@ -462,7 +475,7 @@ impl Shared {
             Ok(())
         });
         report.replayed_records = count;
-        scanned.map_err(|error| error.0)
+        scanned.map(|(end, _)| end).map_err(|error| error.0)
     }
 
     fn replay_record(&self, files: &dyn Files, record: Record, in_place: bool) -> Result<(), OpenError> {
@@ -520,21 +533,27 @@ impl Shared {
         Ok(())
     }
 
-    /// Empties the directories of half-made files: what the journal still needed from them is in place by now.
-    fn remove_half_made(&self, files: &dyn Files) -> Result<u64, OpenError> {
+    /// Empties the directories of half-made files but for what a replay needs.
+    fn remove_half_made(&self, files: &dyn Files, needed: &BTreeSet<PathBuf>) -> Result<u64, OpenError> {
         let mut count = 0;
         for disk in 0..self.layout.disks.len() {
             let dir = self.layout.making(disk as u8);
+            let before = count;
             for entry in at(&dir, "list", files.read_dir(&dir))? {
-                if !entry.is_dir {
-                    let path = dir.join(&entry.name);
+                let path = dir.join(&entry.name);
+                if !entry.is_dir && !needed.contains(&path) {
                     at(&path, "remove", files.remove_file(&path))?;
                     count += 1;
                 }
             }
+            if self.config.sync && count > before {
+                // Some file systems give the space back only then.
+                at(&dir, "flush the directory", files.sync_dir(&dir))?;
+            }
         }
-        for name in [layout::SUPERBLOCK, layout::CLUSTER] {
-            let next = layout::next_of(&self.layout.meta_file(name));
+        let small = [layout::SUPERBLOCK, layout::CLUSTER].map(|name| self.layout.meta_file(name));
+        for path in small.into_iter().chain([self.layout.journal()]) {
+            let next = layout::next_of(&path);
             if at(&next, "look at", files.exists(&next))? {
                 at(&next, "remove", files.remove_file(&next))?;
                 count += 1;

@@ -18,9 +18,12 @@ use super::entries::Packed;
 use super::object_file::{Header, OBJECT_BYTES_MAX, ObjectFile};
 use super::record::{Kind, Record};
 use super::state::Shared;
-use super::submit::small;
+use super::submit::{SPACE_FLOOR_BYTES, small};
 use super::{Store, StoreError, hint};
-use crate::world::disk;
+use crate::world::disk::{self, Files};
+
+/// Header and checksums of the largest object, rounded up.
+const FILE_BYTES_MIN: u64 = 4 << 20;
 
 /// An object that is being collected. Dropping it without installing it removes what was collected.
 pub struct Staged {
@@ -52,8 +55,15 @@ impl Store {
         let mut staged =
             Staged { shared: self.shared.clone(), object: None, path: path.clone(), oid, size_bytes, disk, number };
         let header = Header { oid, size_bytes, version: Version::default() };
-        let made = disk::run(&self.shared.world.disk, move |files| ObjectFile::create(files, &path, &header)).await;
-        staged.object = Some(Arc::new(made.map_err(|error| staged.error(&error))?));
+        let shared = self.shared.clone();
+        let made = disk::run(&self.shared.world.disk, move |files| {
+            shared.check_room_to_stage(files, disk, FILE_BYTES_MIN)?;
+            ObjectFile::create(files, &path, &header).inspect_err(|_| {
+                // What cannot be removed is removed by the next start.
+                let _ = files.remove_file(&path);
+            })
+        });
+        staged.object = Some(Arc::new(made.await.map_err(|error| staged.error(&error))?));
         Ok(staged)
     }
 }
@@ -80,7 +90,9 @@ impl Staged {
             return Err(StoreError::OutOfRange);
         }
         let object = self.object();
-        let written = disk::run(&self.shared.world.disk, move |_| {
+        let (shared, disk) = (self.shared.clone(), self.disk);
+        let written = disk::run(&self.shared.world.disk, move |files| {
+            shared.check_room_to_stage(files, disk, parts.iter().map(|(_, data)| data.len() as u64).sum())?;
             parts.iter().try_for_each(|(offset, data)| object.write_sparse(*offset, data))
         });
         let written = written.await;
@@ -148,6 +160,16 @@ impl Staged {
         // From here on the journal owns the file.
         self.object = None;
         ticket.await
+    }
+}
+
+impl Shared {
+    /// Whether a disk has room for more of a staged object beside what was promised to writes. A disk that recovery fills to
+    /// the brim can neither be checkpointed nor have anything removed: the node would end, and not start again.
+    fn check_room_to_stage(&self, files: &dyn Files, disk: u8, bytes: u64) -> io::Result<()> {
+        let free_bytes = files.space(&self.layout.objects(disk))?.free_bytes;
+        let kept_bytes = SPACE_FLOOR_BYTES + self.lock().space.in_flight_bytes;
+        if free_bytes < kept_bytes + bytes { Err(io::ErrorKind::StorageFull.into()) } else { Ok(()) }
     }
 }
 

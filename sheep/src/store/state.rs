@@ -106,8 +106,8 @@ pub struct Checkpoint {
     pub dirty: BTreeMap<u64, u8>,
     /// Disks whose directories must be flushed.
     pub renamed: BTreeSet<u8>,
-    /// Files to unlink after it.
-    pub doomed: Vec<(u64, u8)>,
+    /// Files to unlink after it, each with the number of the record that removed the object.
+    pub doomed: BTreeMap<(u64, u8), u64>,
     /// The disks' space, looked at on the way.
     pub spaces: Vec<Option<Space>>,
 }
@@ -211,10 +211,11 @@ pub struct Inner {
     pub renamed: BTreeSet<u8>,
     /// As of the last applied record.
     pub epochs_applied: Epochs,
-    /// Removed objects whose files are still there, and their disks.
-    pub doomed: BTreeSet<(u64, u8)>,
-    /// Of those, the ones that a finished checkpoint has forgotten.
-    pub unlinkable: VecDeque<(u64, u8)>,
+    /// Removed objects whose files are still there, and their disks; with the number of the record that removed each.
+    pub doomed: BTreeMap<(u64, u8), u64>,
+    /// Of those, the ones that a finished checkpoint has forgotten. One that was made and removed again since has another
+    /// number: a replay still needs its file.
+    pub unlinkable: VecDeque<((u64, u8), u64)>,
     /// Sources of copies that are applied and not checkpointed.
     pub pinned: BTreeSet<u64>,
     /// Sources of copies that the running checkpoint contains.
@@ -279,7 +280,7 @@ impl Inner {
             dirty: BTreeMap::new(),
             renamed: BTreeSet::new(),
             epochs_applied: epochs,
-            doomed: BTreeSet::new(),
+            doomed: BTreeMap::new(),
             unlinkable: VecDeque::new(),
             pinned: BTreeSet::new(),
             pinned_running: BTreeSet::new(),
@@ -499,5 +500,31 @@ async fn commit_later(shared: Weak<Shared>, delay: impl Future<Output = ()>) {
             inner.timer_armed = false;
             inner.want_durable();
         });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::submit::small;
+    use super::*;
+
+    #[test]
+    fn a_file_goes_with_the_checkpoint_of_its_own_removal() {
+        let start = Position { offset: 0, sequence: 1, skip: 0 };
+        let mut inner = Inner::new(Entries::default(), Epochs::NONE, start, 1 << 20);
+        let apply = |inner: &mut Inner, number: u64, kind: Kind| {
+            let record = Record { oid: 7, size_bytes: 4096, ..small(kind) };
+            let result = record.outcome(None);
+            inner.applied(Committed { queued: Queued { number, record, cost: 0, result }, batch_end: None });
+        };
+        apply(&mut inner, 1, Kind::Remove);
+        let first = inner.capture();
+        apply(&mut inner, 2, Kind::Install);
+        apply(&mut inner, 3, Kind::Remove);
+        inner.finish(first);
+        assert_eq!(inner.next_unlink(), None, "what was installed since cannot be made again by a replay");
+        let second = inner.capture();
+        inner.finish(second);
+        assert_eq!((inner.next_unlink(), inner.next_unlink()), (Some((7, 0)), None));
     }
 }

@@ -27,9 +27,9 @@ use super::{Store, StoreError, SubmitError};
 /// Write-back payload that may wait for a commit: twice what one batch takes.
 const WRITE_BACK_BYTES_MAX: u64 = 8 << 20;
 
-/// Never given to writes, whatever the configured reserve: room for the index to grow, so that a full disk can still
+/// Never given to writes nor to recovery, whatever the configured reserve: room for the index to grow, so that a full disk can still
 /// be checkpointed and objects can still be removed.
-const SPACE_FLOOR_BYTES: u64 = 8 << 20;
+pub const SPACE_FLOOR_BYTES: u64 = 8 << 20;
 
 /// What the gateways' writes under way may still take when a node says that it is nearly full.
 const NEARLY_FULL_BYTES: u64 = 32 << 20;

@@ -15,6 +15,8 @@ use std::path::Path;
 use std::pin::Pin;
 use std::sync::Arc;
 
+use rustix::io::Errno;
+
 /// How [`Files::open`] treats an existing or a missing file.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum OpenMode {
@@ -104,6 +106,13 @@ pub trait Files: Send + Sync {
     fn try_lock(&self, path: &Path) -> io::Result<Option<Box<dyn FileLock>>>;
     /// Waits for the exclusive lock. Only for locks that are held for milliseconds.
     fn lock(&self, path: &Path) -> io::Result<Box<dyn FileLock>>;
+}
+
+/// Whether a read failed because the medium does not give back what it was given, and will not: errno(3), EIO; and what ext4,
+/// XFS and btrfs say of structures of their own that are damaged.
+pub fn is_unreadable(error: &io::Error) -> bool {
+    let code = error.raw_os_error().map(Errno::from_raw_os_error);
+    matches!(code, Some(Errno::IO | Errno::BADMSG | Errno::UCLEAN | Errno::NODATA))
 }
 
 /// A piece of blocking work.

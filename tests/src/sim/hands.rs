@@ -227,7 +227,7 @@ impl Hands {
             }
             Fault::BadDisk(host, operation, times) => {
                 let skip = self.random.below(20);
-                self.cluster.disk(host).fail("", operation, std::io::ErrorKind::Other, skip, times);
+                self.cluster.disk(host).fail("", operation, skip, times);
                 self.mends.push((now + 5000, Mend::Disk(host)));
             }
             Fault::Rot(host) => self.rot(host, false),

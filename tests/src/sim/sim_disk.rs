@@ -9,7 +9,7 @@
 //!    or as some later write made it; every unsynced length and name is kept or lost.
 //! 3. Nothing depends on anything but the seeds and the order of the calls.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet, VecDeque};
 use std::convert::Infallible;
 use std::io;
 use std::path::{Path, PathBuf};
@@ -57,10 +57,13 @@ pub enum Operation {
 struct Fault {
     path_part: String,
     operation: Operation,
-    kind: io::ErrorKind,
+    error: fn() -> io::Error,
     skip: u64,
     count: u64,
 }
+
+/// The error number of a sector that cannot be read: errno(3), EIO.
+const EIO: i32 = 5;
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 enum Node {
@@ -215,11 +218,19 @@ impl SimDisk {
     }
 
     /// Makes operations on paths that contain `path_part` fail: after `skip` more of them, `count` times.
-    pub fn fail(&self, path_part: &str, operation: Operation, kind: io::ErrorKind, skip: u64, count: u64) {
-        self.lock().faults.push(Fault { path_part: path_part.to_string(), operation, kind, skip, count });
+    pub fn fail(&self, path_part: &str, operation: Operation, skip: u64, count: u64) {
+        let error = || io::ErrorKind::Other.into();
+        self.lock().faults.push(Fault { path_part: path_part.to_string(), operation, error, skip, count });
     }
 
-    /// Takes back all of `fail`.
+    /// Makes reads of paths that contain `path_part` meet a bad sector: after `skip` more of them, `count` times.
+    pub fn fail_medium(&self, path_part: &str, skip: u64, count: u64) {
+        let error = || io::Error::from_raw_os_error(EIO);
+        let fault = Fault { path_part: path_part.to_string(), operation: Operation::Read, error, skip, count };
+        self.lock().faults.push(fault);
+    }
+
+    /// Takes back all of `fail` and `fail_medium`.
     pub fn heal(&self) {
         self.lock().faults.clear();
     }
@@ -328,7 +339,7 @@ impl State {
                 fault.skip -= 1;
             } else if fault.count > 0 {
                 fault.count -= 1;
-                return Err(fault.kind.into());
+                return Err((fault.error)());
             }
         }
         Ok(())
@@ -451,8 +462,15 @@ impl State {
         (self.random.below(3), wait)
     }
 
+    /// Of files that have a name, or would have it again after a power loss.
     fn used_bytes(&self) -> u64 {
-        self.inodes.values().map(|inode| inode.pages.len() as u64 * PAGE_BYTES as u64).sum()
+        let file = |node: &Node| match node {
+            Node::File(inode) => Some(*inode),
+            Node::Dir => None,
+        };
+        let named: HashSet<u64> = self.names.values().chain(self.durable_names.values()).filter_map(file).collect();
+        let of = |inode: &u64| self.inodes.get(inode).map_or(0, |inode| inode.pages.len() as u64);
+        named.iter().map(of).sum::<u64>() * PAGE_BYTES as u64
     }
 
     fn check_room(&self, more_bytes: u64) -> io::Result<()> {
