@@ -308,7 +308,27 @@ fn an_idle_connection_follows_a_snapshot_that_was_deleted_meanwhile() -> Result<
 
 /// As QEMU's driver asks for a snapshot of what it takes for the working VDI.
 fn snapshot_request(size_bytes: u64, base: VdiId) -> Request {
-    Request::new(opcode::NEW_VDI).with_u64(16, size_bytes).with_u32(24, base.get()).with_u32(32, 1)
+    clone_request(size_bytes, base).with_u32(32, 1)
+}
+
+fn clone_request(size_bytes: u64, base: VdiId) -> Request {
+    Request::new(opcode::NEW_VDI).with_u64(16, size_bytes).with_u32(24, base.get())
+}
+
+#[test]
+fn a_clone_is_at_least_as_large_as_its_base() -> Result<()> {
+    let cluster = Cluster::three()?;
+    filled(&cluster, "disk", 2, 1)?;
+    dog(&cluster, &["vdi", "snapshot", "-s", "one", "disk"])?;
+    let mut client = cluster.client(0)?;
+    let base = client.look_up("disk", "one", 0)?;
+    // Grown later, it would show what the base has beyond its end.
+    let answer = client.call(clone_request(4 * MIB, base), &padded(&["small"]))?;
+    ensure!(answer.result() != result::SUCCESS, "a smaller clone");
+    client.call(clone_request(12 * MIB, base), &padded(&["large"]))?.success("a larger clone")?;
+    let content = nbd(&cluster, 1, "disk")?.read_all()?;
+    holds(&cluster, 1, "large", &[content, vec![0; 4 * MIB as usize]].concat())?;
+    cluster.finish()
 }
 
 #[test]

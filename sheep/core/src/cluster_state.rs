@@ -375,6 +375,11 @@ impl ClusterState {
         })
     }
 
+    /// Whether the members of a cluster with a quorum are waited for: after a shutdown, or because too many are gone.
+    pub fn is_waiting_for_members(&self) -> bool {
+        self.needs_majority && matches!(self.phase, Phase::Waiting { .. })
+    }
+
     /// Whether every member understands a level.
     pub fn understands(&self, level: Level) -> bool {
         self.members.values().all(|member| member.member.level >= level)

@@ -36,7 +36,7 @@ use qemu_proto::oid::{Oid, VdiId};
 use sheep_core::member::NodeId;
 use sheep_core::peer_message::{PeerKind, PeerRequest, Verdict};
 use sheep_core::stamp::Epoch;
-use tokio::sync::watch;
+use tokio::sync::{Semaphore, SemaphorePermit, watch};
 
 pub use crate::cluster::Administration;
 use crate::cluster::Cluster;
@@ -50,6 +50,9 @@ use throttle::Throttles;
 use traffic::Traffic;
 use unflushed::Unflushed;
 use view::View;
+
+/// Memory of all objects that are copied through a gateway at once, for clones whose holders are not their parent's.
+const COPY_BYTES_MAX: u64 = 256 << 20;
 
 /// The data path of one node. Cloning it is cheap.
 #[derive(Clone)]
@@ -71,6 +74,8 @@ struct Inner {
     unflushed: Unflushed,
     turns: Turns,
     inode_turns: Turns,
+    /// Memory for objects that are copied through this gateway.
+    copy_room: Semaphore,
     /// See `note_released`.
     released: std::sync::Mutex<BTreeSet<Oid>>,
     /// Objects whose copies were all mended because of a read, and in which epoch: what is damaged still is damaged everywhere.
@@ -101,6 +106,7 @@ impl Data {
             unflushed: Unflushed::default(),
             turns: Turns::default(),
             inode_turns: Turns::default(),
+            copy_room: Semaphore::new(COPY_BYTES_MAX as usize),
             released: std::sync::Mutex::default(),
             mended: std::sync::Mutex::default(),
             reclaimed: watch::channel(BTreeSet::new()).0,
@@ -168,6 +174,13 @@ impl Data {
 
     pub(crate) fn turns(&self) -> &Turns {
         &self.inner.turns
+    }
+
+    /// Waits for the memory that a copy of an object takes on its way through this gateway: what was read and what is written.
+    pub(crate) async fn copy_room(&self, object_bytes: u64) -> Option<SemaphorePermit<'_>> {
+        let cost = (2 * object_bytes).min(COPY_BYTES_MAX);
+        // The semaphore is never closed.
+        self.inner.copy_room.acquire_many(cost as u32).await.ok()
     }
 
     pub(crate) fn saved(&self) -> &tokio::sync::Mutex<u64> {
@@ -250,6 +263,12 @@ impl Data {
         let mut views = self.inner.view.subscribe();
         // The sender lives as long as this.
         let _ = views.wait_for(|view| wanted(view)).await;
+    }
+
+    /// Waits as long as the cluster waits for its members after a shutdown, or for a majority: guests notice a pause and no
+    /// error.
+    pub async fn await_service(&self) {
+        self.await_view(|view| !view.state.is_waiting_for_members()).await;
     }
 
     /// Waits until the view has come to a command that the order has.

@@ -375,6 +375,11 @@ impl VirtualDisk {
         self.write_piece(Piece { index, offset: 0, length: 0 }, Bytes::new(), true).await
     }
 
+    /// Waits until the cluster serves; see [`Data::await_service`].
+    pub async fn await_service(&self) {
+        self.data.await_service().await;
+    }
+
     /// Waits as long as the volume's limits ask before a request that moves so many bytes.
     pub async fn pass_limits(&self, bytes: usize) {
         let vdi = *self.head.lock().unwrap_or_else(PoisonError::into_inner);

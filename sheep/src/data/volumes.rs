@@ -9,6 +9,7 @@ use sheep_core::command::{Command, NewVdi, Outcome, Refusal, VdiEdit};
 use sheep_core::level::Level;
 use sheep_core::limits::Limits;
 use sheep_core::vdi_name::Target;
+use tokio::sync::SemaphorePermit;
 
 use super::Data;
 use super::gateway::write::{Base, ObjectWrite, write, write_under};
@@ -113,9 +114,27 @@ pub async fn new_vdi(data: &Data, mut request: NewVdi) -> Result<Found, VolumeEr
         })
         .await??
     } else {
+        refuse_smaller(data, &request).await?;
         propose(data, Command::NewVdi(request)).await?
     };
     describe(&data.cluster().state(), id)
+}
+
+/// A clone begins with the map of its base: grown later, one that was smaller would show what the base had there.
+async fn refuse_smaller(data: &Data, request: &NewVdi) -> Result<(), VolumeError> {
+    let Some(base) = request.base else { return Ok(()) };
+    let state = data.cluster().barrier().await.map_err(|_| VolumeError::Order)?;
+    match state.live_vdi(base) {
+        Some(base) if request.size_bytes < base.size_bytes => {
+            tracing::info!(
+                "a clone of {} bytes was asked for, of a snapshot of {}",
+                request.size_bytes,
+                base.size_bytes
+            );
+            Err(VolumeError::Refused(Refusal::InvalidParameters))
+        }
+        _ => Ok(()),
+    }
 }
 
 /// Makes snapshots of several working VDIs, of one moment: no write to any of them is under way when they are made.
@@ -183,6 +202,10 @@ async fn snapshot_with_tag(data: &Data, stopped: &NewVdi, tag: &[u8]) -> Result<
         return Err(VolumeError::Refused(Refusal::VdiExists));
     }
     let vdi = stopped.base.ok_or(VolumeError::Refused(Refusal::NoVdi))?;
+    if state.lookup(&stopped.name, Target::Current) != Ok(vdi) {
+        // Somebody was faster: it is a snapshot with a tag of its own.
+        return Err(VolumeError::Refused(Refusal::LeaseLost));
+    }
     let edit = VdiEdit { tag: Some(tag.to_vec()), ..VdiEdit::default() };
     propose(data, Command::EditVdi { vdi, edit }).await?;
     propose(data, Command::NewVdi(stopped.clone())).await.map(drop)
@@ -277,16 +300,21 @@ pub async fn create_object(data: &Data, creation: Creation) -> Result<(), Volume
             other => return Ok(other?),
         }
     }
-    Ok(write(data, whole_write(data, creation).await?).await?)
+    let (object, _room) = whole_write(data, creation).await?;
+    Ok(write(data, object).await?)
 }
 
 /// Creates an object under one lease generation only; see `write_under`.
 pub async fn create_under(data: &Data, creation: Creation, generation: u32) -> Result<(), VolumeError> {
-    Ok(write_under(data, &whole_write(data, creation).await?, generation).await?)
+    let (object, _room) = whole_write(data, creation).await?;
+    Ok(write_under(data, &object, generation).await?)
 }
 
-/// The write that makes an object.
-async fn whole_write(data: &Data, creation: Creation) -> Result<ObjectWrite, VolumeError> {
+/// The write that makes an object, and the room that it takes in memory until it is done.
+async fn whole_write(
+    data: &Data,
+    creation: Creation,
+) -> Result<(ObjectWrite, Option<SemaphorePermit<'_>>), VolumeError> {
     let oid = creation.oid;
     let mut object = ObjectWrite {
         oid,
@@ -298,11 +326,13 @@ async fn whole_write(data: &Data, creation: Creation) -> Result<ObjectWrite, Vol
     let view = data.view();
     let object_bytes = view.locate(oid).ok_or(WriteError::Invalid)?.object_bytes;
     let covers_all = object.offset == 0 && object.data.len() as u64 == object_bytes;
+    let mut room = None;
     object.base = match creation.source {
         Some(source) if !covers_all && view.same_chain(source.vid(), oid.vid()) => Base::CopyOf(source),
         Some(source) if !covers_all => {
             let end = object.offset.checked_add(object.data.len() as u64).filter(|end| *end <= object_bytes);
             let end = end.ok_or(WriteError::Invalid)?;
+            room = data.copy_room(object_bytes).await;
             let whole = read_whole(data, source, object_bytes).await?;
             let mut bytes = BytesMut::from(&whole[..]);
             bytes[object.offset as usize..end as usize].copy_from_slice(&object.data);
@@ -312,7 +342,7 @@ async fn whole_write(data: &Data, creation: Creation) -> Result<ObjectWrite, Vol
         }
         _ => Base::Zeros,
     };
-    Ok(object)
+    Ok((object, room))
 }
 
 async fn read_whole(data: &Data, oid: Oid, object_bytes: u64) -> Result<Bytes, VolumeError> {

@@ -86,6 +86,7 @@ pub async fn serve(session: Session, mut reader: FrameReader, sender: FrameSende
         let counted = work_of(&command).map(|work| traffic.begin(Side::Clients, work, payload.len()));
         let (session, sender) = (session.clone(), sender.clone());
         tokio::spawn(async move {
+            session.export.disk.await_service().await;
             if counted.is_some() && command.kind != Some(CommandKind::Flush) {
                 let moves = carries_payload || is_read;
                 session.export.disk.pass_limits(if moves { command.length as usize } else { 0 }).await;

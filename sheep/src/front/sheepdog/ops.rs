@@ -9,7 +9,7 @@ use qemu_proto::opcode::{ADMIN_VERSION, CLIENT_VERSION_MAX, Opcode};
 use qemu_proto::request::{Request, RequestBody};
 use qemu_proto::response::{Response, ResponseBody};
 use qemu_proto::status::Status;
-use sheep_core::cluster_state::{ClusterState, Phase};
+use sheep_core::cluster_state::Phase;
 
 use super::reply::{Answer, Outcome, Reply};
 use super::{Front, admin, changes, objects, restores, summaries, vdis};
@@ -117,12 +117,11 @@ pub async fn run(front: &Front, request: &Request, payload: Bytes) -> Answer {
 async fn await_service(front: &Front, request: &Request) {
     use Opcode as O;
     let Some(opcode) = request.op() else { return };
-    let waiting = |state: &ClusterState| state.needs_majority && matches!(state.phase, Phase::Waiting { .. });
-    if runs_always(opcode) || !version_fits(request) || !waiting(&front.data.view().state) {
+    if runs_always(opcode) || !version_fits(request) || !front.data.view().state.is_waiting_for_members() {
         return;
     }
     let patient = matches!(opcode, O::ReadObj | O::WriteObj | O::CreateAndWriteObj | O::DiscardObj | O::FlushVdi);
-    let served = front.data.await_view(|view| !waiting(&view.state));
+    let served = front.data.await_service();
     if patient {
         served.await;
     } else {
