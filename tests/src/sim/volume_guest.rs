@@ -60,11 +60,16 @@ impl VolumeGuest {
     /// Works until told to stop; when all is well again, looks at everything.
     pub async fn run(mut self) {
         while !self.load.stop.load(Ordering::Relaxed) {
+            let before = tokio::time::Instant::now();
             if let Err(error) = self.step().await {
                 tracing::info!("volumes: {error}");
                 tokio::time::sleep(Duration::from_millis(1 + self.random.below(200))).await;
             }
             tokio::time::sleep(Duration::from_millis(self.random.below(self.load.rest_ms + 1))).await;
+            if tokio::time::Instant::now() == before {
+                // There was nothing that it could do, and it did not rest: time would stand still.
+                tokio::time::sleep(Duration::from_millis(1)).await;
+            }
         }
         while !self.load.is_healed.load(Ordering::Relaxed) {
             tokio::time::sleep(Duration::from_millis(50)).await;
