@@ -521,6 +521,8 @@ fn a_paused_process_does_no_harm_when_it_goes_on() -> Result<()> {
         let leader = flock.leader(0)?;
         let victim = if is_leader { leader } else { (leader + 3) % 5 };
         let load = load(&flock, &record, &all, seed)?;
+        let removals = |flock: &Flock| flock.log(victim).matches("copies that epoch").count();
+        let before = removals(&flock);
         flock.pause(victim)?;
         let rest = others(5, &[victim]);
         let on = load.wait_progress(&rest, 20, LIVELY)?;
@@ -533,6 +535,8 @@ fn a_paused_process_does_no_harm_when_it_goes_on() -> Result<()> {
         let outcome = settle(name, &record, load)?;
         ensure!(outcome.cuts.iter().all(|&cuts| cuts == 0), "nobody died: {outcome}");
         flock.wait_recovered()?;
+        // It learned that the others had everything without it before it was let in again.
+        ensure!(removals(&flock) == before, "{name} threw its copies away: {}", flock.log(victim));
     }
     read_back(&flock, &record, &all)?;
     flock.finish()

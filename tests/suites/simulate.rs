@@ -20,6 +20,8 @@ const SCENARIOS: &[u64] = &[207, 282, 1023, 1037, 20051, 20109];
 /// 2100031 and 8000130: after an outage that took one machine for good, the others waited for what it might have known.
 /// 8000273: a gateway that lost its lease, because the cluster was shut down, told what was on one holder only.
 /// 12001824: with a disk full, what a dead writer had left on one holder was shown before the full one had it, and was gone later.
+/// 13001287 and 14000697: nodes that had been taken out removed their copies because those who were left had everything, and of
+/// three one was left, until its disk was lost.
 /// 8001085: a node that was out did not know where the leader was, and came back never.
 const SCENARIOS_OF_ALL: &[u64] = &[
     800_011,
@@ -32,6 +34,8 @@ const SCENARIOS_OF_ALL: &[u64] = &[
     8_000_273,
     8_001_085,
     12_001_824,
+    13_001_287,
+    14_000_697,
     653_988_624,
 ];
 /// Some more, of all kinds.

@@ -943,11 +943,13 @@ impl Holder {
     }
 
     /// Removes a copy that belongs elsewhere, if `epoch` is the present one and ended clean: in the next one it may belong here
-    /// again, and then it must not go after it was compared.
+    /// again, and then it must not go after it was compared. A node that is no member keeps everything: it was taken out because
+    /// it was silent, it will be back, and those who are left may be fewer than the copies that an object is to have.
     pub fn remove_stray(&self, oid: Oid, epoch: Epoch) -> Option<Ticket> {
         let state = self.state();
         let is_over = state.view.epoch() != epoch || state.view.state.clean != epoch;
-        if is_over || state.view.locate(oid).is_none() || holds_now(&state, self.node, oid) {
+        let is_member = state.view.state.members.contains_key(&self.node);
+        if is_over || !is_member || state.view.locate(oid).is_none() || holds_now(&state, self.node, oid) {
             return None;
         }
         let last = Version { epoch, stamp: Stamp { generation: u32::MAX, sequence: u64::MAX } };

@@ -242,9 +242,7 @@ async fn script(plan: Plan, net: SimNet, places: Places, shared: Shared) -> Vec<
     let lazy = Load { disk: lazy_disk, ..load.clone() };
     let lazy = plan.is_lazy.then(|| tokio::spawn(lazy_guest::run(lazy, random.bits())));
     let others: Vec<_> = (0..plan.volume_guests)
-        .map(|number| {
-            tokio::spawn(VolumeGuest::new(load.clone(), number, random.bits(), plan.alters, plan.writes_beside).run())
-        })
+        .map(|number| tokio::spawn(VolumeGuest::new(load.clone(), number, random.bits(), &plan).run()))
         .collect();
     for guest in guests {
         // A guest does not panic: that would end the simulation.

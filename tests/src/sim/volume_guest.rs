@@ -16,6 +16,7 @@ use super::Random;
 use super::client::{SimClient, within};
 use super::guests::{CONNECT_PATIENCE, Load, PATIENCE};
 use super::nbd::SimNbd;
+use super::trial::Plan;
 use super::volume_memory::{BLOCKS_PER_OBJECT, Fate, Image, Memory, OBJECT_BYTES, OBJECT_SHIFT, STRIDE_BYTES, content};
 use crate::clients::padded;
 use crate::invariants::{snapshots_immutable, volumes_as_written};
@@ -38,6 +39,8 @@ pub struct VolumeGuest {
     made: u64,
     /// Whether it may change numbers of copies.
     alters: bool,
+    /// And to how many at least.
+    copies_min: u8,
     /// Says when something is written beside what is discarded or deleted; nothing if it never is.
     beside: Option<Random>,
     /// A connection that is left open for later, with its export: what happens to the volume meanwhile must reach it.
@@ -46,11 +49,14 @@ pub struct VolumeGuest {
 
 impl VolumeGuest {
     /// Of the guests' load only the way to the nodes and what is remembered count here.
-    pub fn new(load: Load, number: u64, seed: u64, alters: bool, writes_beside: bool) -> VolumeGuest {
+    pub fn new(load: Load, number: u64, seed: u64, plan: &Plan) -> VolumeGuest {
         // With numbers of its own, so that who never does it is as before.
-        let beside = writes_beside.then(|| Random::new(seed ^ 0x6265_7369));
+        let beside = plan.writes_beside.then(|| Random::new(seed ^ 0x6265_7369));
         let random = Random::new(seed);
-        VolumeGuest { load, random, memory: Memory::default(), number, made: 0, alters, beside, kept: None }
+        // A machine that is lost may have had the only copy.
+        let copies_min = if plan.lost_in_outage.is_some() { 2 } else { 1 };
+        let (alters, memory) = (plan.alters, Memory::default());
+        VolumeGuest { load, random, memory, number, made: 0, alters, copies_min, beside, kept: None }
     }
 
     fn is_beside(&mut self, count: u64) -> bool {
@@ -267,7 +273,10 @@ impl VolumeGuest {
     async fn alter_copies(&mut self) -> io::Result<()> {
         let working = self.memory.working();
         let Some(index) = self.pick(&working) else { return Ok(()) };
-        let (name, copies) = (self.memory.images[index].name.clone(), 1 + self.random.below(3) as u8);
+        let (name, copies) = (
+            self.memory.images[index].name.clone(),
+            self.copies_min + self.random.below(u64::from(4 - self.copies_min)) as u8,
+        );
         let mut client = self.client().await?;
         let Some(vdi) = within(PATIENCE, client.look_up(&name, "")).await? else {
             let image = self.memory.images[index].clone();
