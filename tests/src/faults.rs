@@ -161,6 +161,21 @@ pub fn pauses(random: &mut Random, count: usize, length_ms: u64) -> Vec<(u64, Fa
     (0..pauses).map(|_| pause()).collect()
 }
 
+/// Deaths in turn, by time since the beginning of the load: one machine after the other ends while those before it come back
+/// and are brought up to date. Some epochs have hardly a holder then that had everything.
+pub fn deaths_in_turn(random: &mut Random, count: usize, length_ms: u64) -> Vec<(u64, Fault)> {
+    let (mut at, mut host) = (random.below(length_ms), random.below(count as u64) as usize);
+    let (gap, away) = (50 + random.below(2000), 50 + random.below(3000));
+    let deaths = 3 + random.below(8);
+    let mut death = || {
+        at += random.below(2 * gap);
+        host = (host + 1 + random.below(2) as usize) % count;
+        let away = 1 + random.below(2 * away);
+        (at, if random.one_in(2) { Fault::Kill(host, away) } else { Fault::PowerOff(host, away) })
+    };
+    (0..deaths).map(|_| death()).filter(|(at, _)| *at < length_ms).collect()
+}
+
 /// Which faults a run may have.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub struct Kinds {

@@ -22,6 +22,8 @@ const SCENARIOS: &[u64] = &[207, 282, 1023, 1037, 20051, 20109];
 /// 12001824: with a disk full, what a dead writer had left on one holder was shown before the full one had it, and was gone later.
 /// 13001287 and 14000697: nodes that had been taken out removed their copies because those who were left had everything, and of
 /// three one was left, until its disk was lost.
+/// 15000115: a new voter forgot the order with its power, because the directory that it was in had never been flushed; and two
+/// histories went on.
 /// 8001085: a node that was out did not know where the leader was, and came back never.
 const SCENARIOS_OF_ALL: &[u64] = &[
     800_011,
@@ -36,6 +38,7 @@ const SCENARIOS_OF_ALL: &[u64] = &[
     12_001_824,
     13_001_287,
     14_000_697,
+    15_000_115,
     653_988_624,
 ];
 /// Some more, of all kinds.

@@ -16,7 +16,7 @@ use sheep_core::cluster_state::ClusterState;
 use sheep_core::command::{Command, Outcome};
 
 use super::driver::OrderError;
-use crate::world::disk::{File, FileLock, Files, OpenMode};
+use crate::world::disk::{File, FileLock, Files, OpenMode, make_dir};
 
 const RECORD_HEADER_BYTES: usize = 8;
 /// A snapshot of 16 million VDIs would be larger; a length above this is damage.
@@ -58,7 +58,7 @@ fn failed(action: &'static str, place: &Path) -> impl FnOnce(io::Error) -> Order
 impl OrderLog {
     /// A log that has read nothing yet. Makes the directory.
     pub fn open(files: &dyn Files, directory: &Path) -> Result<OrderLog, OrderError> {
-        files.create_dir(directory).map_err(failed("make", directory))?;
+        make_dir(files, directory).map_err(failed("make", directory))?;
         let mut log = OrderLog {
             directory: directory.to_path_buf(),
             number: 0,

@@ -115,6 +115,21 @@ pub fn is_unreadable(error: &io::Error) -> bool {
     matches!(code, Some(Errno::IO | Errno::BADMSG | Errno::UCLEAN | Errno::NODATA))
 }
 
+/// Makes a directory and its missing parents such that a power loss keeps them: also one that is there already, which a killed
+/// process may have made just now. For directories inside of one that may be read.
+pub fn make_dir(files: &dyn Files, dir: &Path) -> io::Result<()> {
+    let mut parents: Vec<&Path> = dir.parent().into_iter().collect();
+    while let Some(last) = parents.last().copied()
+        && !last.as_os_str().is_empty()
+        && !files.exists(last)?
+    {
+        parents.extend(last.parent());
+    }
+    files.create_dir(dir)?;
+    let place = |parent: &Path| if parent.as_os_str().is_empty() { Path::new(".") } else { parent }.to_path_buf();
+    parents.into_iter().try_for_each(|parent| files.sync_dir(&place(parent)))
+}
+
 /// A piece of blocking work.
 pub type Job = Box<dyn FnOnce(&dyn Files) + Send>;
 

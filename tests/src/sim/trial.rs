@@ -14,7 +14,7 @@ use super::inventory::Places;
 use super::lazy_guest;
 use super::net::{Link, SimNet};
 use super::volume_guest::VolumeGuest;
-use crate::faults::{Changes, Fault, Kinds, pauses};
+use crate::faults::{Changes, Fault, Kinds, deaths_in_turn, pauses};
 use crate::invariants::one_history::Epochs;
 use crate::invariants::{
     copies_agree, flushed_kept, healed_when_calm, nothing_foreign, nothing_orphaned, one_disk, outage, space_honest,
@@ -104,6 +104,11 @@ impl Plan {
             plan.faults.extend(pauses(&mut other, machines, plan.load_ms));
         }
         plan.halves = other.one_in(2);
+        let mut turns = Random::new(seed ^ 0x7475_726e);
+        // One that is alone for an epoch must not lose its disk, nor rot.
+        if kinds.crashes && kinds.rot.is_none() && !changes.wiped && !changes.damaged && turns.one_in(4) {
+            plan.faults.extend(deaths_in_turn(&mut turns, machines, plan.load_ms));
+        }
         plan.faults.sort_by_key(|(at, _)| *at);
         plan.volume_guests = random.below(3);
         plan.writes_beside = Random::new(seed ^ 0x6265_7369).one_in(2);

@@ -79,7 +79,7 @@ impl LogStore {
         covered: Option<watch::Receiver<Option<u64>>>,
     ) -> Result<LogStore, OrderError> {
         let opened = disk::run(&world.disk, move |files| {
-            files.create_dir(&directory).map_err(failed("make", &directory))?;
+            disk::make_dir(files, &directory).map_err(failed("make", &directory))?;
             let found = log_file::read_all(files, &directory, cluster)?;
             Writer::begin(files, directory, cluster, found)
         });

@@ -104,7 +104,7 @@ impl StateStore {
     pub async fn open(world: &World, directory: PathBuf, cluster: u64) -> Result<StateStore, OrderError> {
         let place = directory.clone();
         let found = disk::run(&world.disk, move |files| {
-            files.create_dir(&place).map_err(failed("make", &place))?;
+            disk::make_dir(files, &place).map_err(failed("make", &place))?;
             let path = place.join("snapshot");
             if !files.exists(&path).map_err(failed("look for", &path))? {
                 return Ok(None);

@@ -178,7 +178,7 @@ pub async fn start(world: &World, config: QuorumConfig) -> Result<(Cluster, Quor
         move |error| OrderError::Io { action, place, error }
     };
     let directory = config.directory.clone();
-    disk::run(&world.disk, move |files| files.create_dir(&directory)).await.map_err(io("create"))?;
+    disk::run(&world.disk, move |files| disk::make_dir(files, &directory)).await.map_err(io("create"))?;
     let kept = charter::load(world, &config.directory).await?;
     check_store(config.store_cluster, kept.as_ref())?;
     let identity =
