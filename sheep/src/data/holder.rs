@@ -593,6 +593,9 @@ impl Holder {
 
     /// See `history::Answer`.
     pub fn met_before(&self) -> Option<Epoch> {
+        if planted::is(Bug::HiddenMeeting) {
+            return Some(Epoch::default());
+        }
         self.met_before
     }
 
