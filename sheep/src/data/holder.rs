@@ -64,9 +64,6 @@ struct State {
     /// Objects that a writer left half-written, or whose copy here is damaged: not current until compared, whatever the
     /// fields above say.
     suspects: HashSet<Oid>,
-    /// The epoch in which this process began, while it lasts and until this node has everything: what was written in it by earlier
-    /// processes may be on some holders only, and whoever knew of that is gone. After an orderly stop of everybody it goes on.
-    resumed: Option<Epoch>,
     /// Those of `suspects` that this node knew of when the epoch began: what it tells the others when they ask.
     told: Vec<Oid>,
     /// VDIs whose writer was lost with this epoch or an earlier one, until everybody has told what it left half-written: a holder that
@@ -233,7 +230,6 @@ impl Holder {
             recovering: true,
             continued: false,
             suspects: HashSet::new(),
-            resumed: None,
             told: Vec::new(),
             unsure: HashSet::new(),
             hearing: false,
@@ -307,7 +303,6 @@ impl Holder {
         let previous = Epoch(view.epoch().get().saturating_sub(1));
         let in_since = view.state.members.get(&self.node).map(|member| member.since);
         let took_part = std::mem::replace(&mut state.entered, true);
-        state.resumed = (!took_part).then(|| view.epoch());
         // After an orderly stop of everybody a process goes on in an epoch that an earlier one found clean, and looks again.
         state.continued = took_part
             && !state.recovering
@@ -713,13 +708,6 @@ impl Holder {
         state.hearing || state.suspects.contains(&oid)
     }
 
-    /// Whether one of these copies was written in the epoch in which this process began, before it did.
-    pub fn is_of_before(&self, answers: &[Answer]) -> bool {
-        let resumed = self.state().resumed;
-        let is_of = |answer: &Answer| answer.version.is_some_and(|version| Some(version.epoch) == resumed);
-        resumed.is_some() && answers.iter().any(is_of)
-    }
-
     /// Whether a removal waits for the object to become current.
     pub fn is_being_removed(&self, oid: Oid) -> bool {
         let state = self.state();
@@ -769,7 +757,6 @@ impl Holder {
             return false;
         }
         state.recovering = false;
-        state.resumed = None;
         // With its room: it had every object here, and may not be wanted again for months.
         state.confirmed = HashSet::new();
         drop(state);
@@ -831,10 +818,7 @@ impl Holder {
     /// is parked for the same object, if any.
     fn may_defer(&self, state: &State, request: &PeerRequest, bytes: u64, last_was_deferred: Option<bool>) -> bool {
         let oid = request.oid;
-        let version = self.store.entry(oid).map(|entry| entry.version);
-        let doubtful = state.suspects.contains(&oid)
-            || state.unsure.contains(&oid.vid())
-            || version.is_some_and(|version| Some(version.epoch) == state.resumed);
+        let doubtful = state.suspects.contains(&oid) || state.unsure.contains(&oid.vid());
         if !state.recovering || !state.deferring || doubtful || !is_plain(request) {
             return false;
         }
@@ -845,6 +829,7 @@ impl Holder {
             return deferred;
         }
         let Some(at) = state.view.locate(oid) else { return false };
+        let version = self.store.entry(oid).map(|entry| entry.version);
         let clean_through = self.store.clean_through();
         let own = Answer { node: self.node, version, clean_through, met_nobody: false, met_before: None };
         // What is in the memory of this node is no copy that outlasts it.

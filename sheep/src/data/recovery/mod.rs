@@ -314,7 +314,6 @@ async fn compare(data: &Data, holder: &Arc<Holder>, oid: Oid, epoch: Epoch) -> R
     }
     let decision = answers.decide(&view, &location);
     tracing::debug!("object {oid} in epoch {epoch}: {decision:?} from {answers:?}");
-    let doubtful = || holder.is_doubtful(oid) || holder.is_of_before(&answers.sound);
     match decision {
         _ if planted::is(Bug::TrustedCopy) && holder.store().entry(oid).is_some() => Ok(Compared::NewestOfOldEpoch),
         Decision::Unheard(_) if planted::is(Bug::UnheardHolders) && holder.store().entry(oid).is_some() => {
@@ -348,7 +347,7 @@ async fn compare(data: &Data, holder: &Arc<Holder>, oid: Oid, epoch: Epoch) -> R
                 // What a dead writer left on some holders only must be on all before anybody reads it.
                 // What is about to be removed nobody reads, and a holder that was faster with that will not have it again.
                 let matters = !holder.is_being_removed(oid);
-                if matters && doubtful() && !all_have_it(&view, &location, &answers.sound, stamp) {
+                if matters && holder.is_doubtful(oid) && !all_have_it(&view, &location, &answers.sound, stamp) {
                     marks::hit(Mark::HalfWrittenSettles);
                     tracing::debug!("object {oid} was left half-written: not every holder has {stamp} yet");
                     return Ok(Compared::Again);
@@ -364,7 +363,7 @@ async fn compare(data: &Data, holder: &Arc<Holder>, oid: Oid, epoch: Epoch) -> R
                 holder.trust_again(oid);
                 data.progress().fetched.fetch_add(1, Ordering::Relaxed);
                 // A doubtful one is compared once more, until all holders have the same.
-                return Ok(if doubtful() { Compared::Again } else { Compared::NewestOfOldEpoch });
+                return Ok(if holder.is_doubtful(oid) { Compared::Again } else { Compared::NewestOfOldEpoch });
             }
             Ok(Compared::Again)
         }

@@ -14,7 +14,7 @@ use sheep_core::member::NodeId;
 use sheep_core::peer_message::{ListEntry, PeerKind, PeerRequest, Verdict};
 use sheep_core::stamp::{Epoch, Version};
 
-use super::{LIST_BATCH, PATIENCE, RecoveryEnd, all_have_it, holds, own_answer, wait_for_change};
+use super::{LIST_BATCH, PATIENCE, RecoveryEnd, holds, own_answer, wait_for_change};
 use crate::data::Data;
 use crate::data::holder::Holder;
 use crate::data::view::View;
@@ -60,11 +60,7 @@ fn is_newest_here(data: &Data, holder: &Holder, view: &View, oid: Oid, mut answe
     let Some(own) = own_answer(data, holder, oid) else { return false };
     answers.push(own);
     match view.history.decide(location.key, location.copies, &answers) {
-        // What all lists have does not go away: they say enough of what an earlier process may have left on some holders.
-        Decision::Newest { stamp, nodes } => {
-            let is_everywhere = || all_have_it(view, &location, &answers, stamp);
-            nodes.contains(&data.node()) && (!holder.is_of_before(&answers) || is_everywhere())
-        }
+        Decision::Newest { nodes, .. } => nodes.contains(&data.node()),
         Decision::Absent => own.version.is_none(),
         Decision::Unheard(_) => false,
     }
