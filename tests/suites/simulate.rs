@@ -24,6 +24,8 @@ const SCENARIOS: &[u64] = &[207, 282, 1023, 1037, 20051, 20109];
 /// three one was left, until its disk was lost.
 /// 15000115: a new voter forgot the order with its power, because the directory that it was in had never been flushed; and two
 /// histories went on.
+/// 15001263: after an orderly stop, in the same epoch, what a stopped writer had left on one holder was shown before the others had
+/// it, and was gone later. 15100261: the same after a blackout, in an epoch that began with nobody who had everything.
 /// 8001085: a node that was out did not know where the leader was, and came back never.
 const SCENARIOS_OF_ALL: &[u64] = &[
     800_011,
@@ -39,6 +41,8 @@ const SCENARIOS_OF_ALL: &[u64] = &[
     13_001_287,
     14_000_697,
     15_000_115,
+    15_001_263,
+    15_100_261,
     653_988_624,
 ];
 /// Some more, of all kinds.

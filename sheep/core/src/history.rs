@@ -10,7 +10,10 @@
 //!    that it will not be heard): an older copy is never taken for the newest. A holder that was still being brought up
 //!    to date in an epoch that had steady ones may have *deferred* its writes (answered them before its copy had them), so
 //!    it is no witness of that epoch unless its copy shows that it went all the way, or it met none of those: they were dead.
-//! 2. The decision does not depend on the order of the answers, and every node that hears the same answers decides
+//! 2. What is shown to anybody must not lose against an older copy later. A steady holder answers for that: the epoch is not told
+//!    without it. In an epoch that has none, each of its holders counts as a witness, whatever its copy lacks; so there nothing
+//!    is shown before all of them have it (`History::keeps`).
+//! 3. The decision does not depend on the order of the answers, and every node that hears the same answers decides
 //!    the same.
 //!
 //! A copy says itself as of when it is good, an absence does not: a node that has completed an epoch in which it does not hold the
@@ -41,6 +44,8 @@ pub struct History {
     epochs: Vec<HistoricEpoch>,
     /// Of this epoch and those before it only those have to be heard who were there when the others were given up.
     forgiven: Epoch,
+    /// The processes of now, by `Member::boot`.
+    boots: BTreeMap<NodeId, u64>,
 }
 
 /// What one node says of its copy of one object.
@@ -101,7 +106,8 @@ impl History {
             });
             HistoricEpoch { record: record.clone(), ring: known.unwrap_or_else(|| ring_of(record).map(Arc::new)) }
         });
-        History { epochs: epochs.collect(), forgiven: state.forgiven }
+        let boots = state.members.iter().map(|(node, member)| (*node, member.member.boot));
+        History { epochs: epochs.collect(), forgiven: state.forgiven, boots: boots.collect() }
     }
 
     /// The current epoch; 0 before format.
@@ -161,19 +167,46 @@ impl History {
     ) -> bool {
         let Some(last) = self.epochs.last() else { return false };
         let Some(member) = last.record.members.get(&own.node) else { return false };
-        let steady = self.steady_holders(last, key, copies);
-        let there = steady.iter().filter(|node| heard.contains(node)).count();
-        if there < usize::from(min_copies.max(1)) || steady.contains(&own.node) {
+        if self.steady_holders(last, key, copies).contains(&own.node) {
+            return false;
+        }
+        let there = self.witnessing_holders(key, copies).filter(|node| heard.contains(node)).count();
+        if there < usize::from(min_copies.max(1)) {
             return false;
         }
         let behind = |as_of: Epoch| as_of < self.current() && (as_of.next() < self.current() || member.since > as_of);
         self.current_as_of(own, key, copies).is_none_or(behind)
     }
 
-    /// Whether the current epoch has a holder of an object that had its newest content from the first moment. Not told of a clean
-    /// one, in which all holders have it by now.
+    /// Whether the current epoch has a holder of an object that had its newest content from the first moment, and knows what was
+    /// under way then. Not told of a clean one, in which all holders have it by now.
     pub fn has_steady_holder(&self, key: PlacementKey, copies: Copies) -> bool {
-        self.epochs.last().is_some_and(|last| !self.steady_holders(last, key, copies).is_empty())
+        self.witnessing_holders(key, copies).next().is_some()
+    }
+
+    /// The steady holders of the current epoch whose processes saw all of it, and of the epochs that they are steady since. After an
+    /// orderly stop of everybody an epoch goes on with processes that know nothing of the writes that were under way.
+    fn witnessing_holders(&self, key: PlacementKey, copies: Copies) -> impl Iterator<Item = NodeId> {
+        let steady = self.epochs.last().map(|last| (last, self.steady_holders(last, key, copies)));
+        steady.into_iter().flat_map(move |(last, steady)| {
+            steady.into_iter().filter(move |node| {
+                let from = last.record.steady.get(node).copied().unwrap_or(last.record.epoch);
+                let is_same = |at: &HistoricEpoch| {
+                    at.record.members.get(node).is_some_and(|m| Some(&m.member.boot) == self.boots.get(node))
+                };
+                (from.get()..=last.record.epoch.get()).all(|epoch| self.at(Epoch(epoch)).is_some_and(is_same))
+            })
+        })
+    }
+
+    /// Whether content that a node says it has outlasts, with that node alone, whoever is away now: in no epoch that its copy does
+    /// not show was there a holder that is no member any more, whose older copy might count as newer for that.
+    pub fn keeps(&self, answer: &Answer, newest: Stamp, key: PlacementKey, copies: Copies) -> bool {
+        let has_it = answer.version.is_some_and(|version| version.stamp == newest);
+        let Some(as_of) = self.current_as_of(answer, key, copies) else { return false };
+        let before_current = &self.epochs[..self.epochs.len().saturating_sub(1)];
+        let mut later = before_current.iter().filter(|at| at.record.epoch > as_of);
+        has_it && later.all(|at| at.holders(key, copies).iter().all(|node| self.boots.contains_key(node)))
     }
 
     /// The holders of an object that had its newest content from the first moment of an epoch.

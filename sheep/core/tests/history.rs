@@ -32,12 +32,16 @@ impl Story {
     }
 
     fn joins(&mut self, node: u64) {
+        self.joins_as(node, 0);
+    }
+
+    fn joins_as(&mut self, node: u64, boot: u64) {
         let member = Member {
             id: NodeId(node),
             address: [0; 16],
             port: node as u16,
             peer_endpoint: String::new(),
-            boot: 0,
+            boot,
             zone: node as u32,
             weight: 100,
             level: Level::OURS,
@@ -68,6 +72,14 @@ impl Story {
     fn may_defer_having_heard(&self, own: &Answer, min_copies: u8, heard: &[u64]) -> bool {
         let heard = heard.iter().copied().map(NodeId).collect();
         History::of(&self.state, None).may_defer(own, key(), COPIES, min_copies, &heard)
+    }
+
+    fn has_steady_holder(&self) -> bool {
+        History::of(&self.state, None).has_steady_holder(key(), COPIES)
+    }
+
+    fn keeps(&self, answer: &Answer, newest: Stamp) -> bool {
+        History::of(&self.state, None).keeps(answer, newest, key(), COPIES)
     }
 
     fn decide(&self, answers: &[Answer]) -> Decision {
@@ -232,6 +244,62 @@ fn after_everybody_crashed_the_highest_stamp_of_those_who_are_back_wins() {
     assert!(story.state.is_running());
     let answers = [has(A, 1, stamp(1, 7), 1), has(B, 1, stamp(1, 9), 1), has(C, 1, stamp(1, 8), 1)];
     assert_eq!(story.decide(&answers), newest(stamp(1, 9), &[B]));
+}
+
+#[test]
+fn what_is_shown_where_nobody_is_steady_must_not_lose_against_who_is_away() {
+    // After a blackout A and B are back.
+    let mut story = Story::begin();
+    story.state = story.state.clone().restarted();
+    story.joins(A);
+    story.joins(B);
+    story.state.apply(&Command::StopWaiting { time: 0 });
+    assert!(!story.has_steady_holder());
+    let of_a = has(A, 1, stamp(1, 9), 1);
+    assert!(story.keeps(&of_a, stamp(1, 9)), "C was in no epoch since");
+    assert!(!story.keeps(&has(B, 1, stamp(1, 8), 1), stamp(1, 9)));
+    assert!(!story.keeps(&has_nothing(B, 1), stamp(1, 9)));
+    // Shown before B has it, it would be gone with A: B witnesses that epoch 2 promised nothing.
+    story.dies(A);
+    story.joins(C);
+    let older = [has(B, 1, stamp(1, 8), 1), has(C, 1, stamp(1, 8), 1)];
+    assert_eq!(story.decide(&older), newest(stamp(1, 8), &[B, C]));
+    // 5: A without B, which was in epochs that A's copy does not show.
+    story.dies(B);
+    story.joins(A);
+    assert!(!story.has_steady_holder());
+    assert!(!story.keeps(&of_a, stamp(1, 9)), "B may have gone further");
+    let epoch = story.state.epoch.get();
+    assert!(story.keeps(&has(A, epoch, stamp(1, 9), 1), stamp(1, 9)));
+    story.joins(B);
+    assert!(story.keeps(&of_a, stamp(1, 9)), "whoever is here is asked");
+}
+
+#[test]
+fn who_came_back_after_an_orderly_stop_is_not_steady_though_the_epoch_goes_on() {
+    let mut story = Story::begin();
+    story.dies(C);
+    story.joins(C);
+    story.ends_clean();
+    story.dies(C);
+    assert!(story.has_steady_holder());
+    story.joins(C);
+    assert!(story.has_steady_holder() && story.may_defer(&has(C, 1, stamp(1, 5), 1)));
+    let epoch = story.state.epoch;
+    story.state.apply(&Command::Shutdown);
+    story.state.apply(&Command::Restart);
+    for node in [A, B, C] {
+        story.joins_as(node, 7);
+    }
+    assert!(story.state.is_running());
+    assert_eq!(story.state.epoch, epoch);
+    assert!(!story.has_steady_holder() && !story.may_defer(&has(C, 1, stamp(1, 5), 1)));
+    // Nor in the next epoch, until it has been found what everybody has.
+    story.dies(C);
+    assert!(!story.has_steady_holder());
+    story.ends_clean();
+    story.joins(C);
+    assert!(story.has_steady_holder());
 }
 
 #[test]

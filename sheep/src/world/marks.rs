@@ -44,6 +44,8 @@ marks! {
     HalfWrittenTold,
     /// An object that was left half-written is not the same on all holders yet.
     HalfWrittenSettles,
+    /// Nobody had everything when the epoch began, and an object is not the same on all holders yet.
+    OpenEpochSettles,
     /// An object waits for a node that took part in its last writes.
     HoldersUnheard,
     /// An old copy was replaced by a newer one.

@@ -47,10 +47,12 @@ pub enum Bug {
     HiddenMeeting,
     /// A gateway that has lost its lease is shown what it wrote and nobody else has, perhaps.
     FormerWriter,
+    /// In an epoch of which nobody had everything from the first moment, what one holder has is shown before the others have it.
+    OpenEpoch,
 }
 
 /// All of them.
-pub const ALL: [Bug; 21] = [
+pub const ALL: [Bug; 22] = [
     Bug::EarlyAcknowledge,
     Bug::OpenFence,
     Bug::SkippedFlush,
@@ -72,6 +74,7 @@ pub const ALL: [Bug; 21] = [
     Bug::PassedMap,
     Bug::HiddenMeeting,
     Bug::FormerWriter,
+    Bug::OpenEpoch,
 ];
 
 #[cfg(feature = "planted-bugs")]

@@ -8,6 +8,7 @@
 //! A crash in the middle leaves copies of mixed age, each with its version; the next run compares them again. A second
 //! change of members ends the run and begins the next.
 
+mod agreement;
 pub mod fetch;
 mod hearing;
 pub mod pace;
@@ -41,6 +42,8 @@ use piece::{Outcome, Source};
 const PARALLEL: usize = 4;
 /// Between attempts when the nodes that matter do not answer; a change of members ends the wait as well.
 const RETRY_INTERVAL: Duration = Duration::from_millis(50);
+/// The longest rest between two rounds of many objects.
+const RETRY_MAX: Duration = Duration::from_secs(1);
 /// How long one request for a version or a list may wait for a connection.
 const PATIENCE: Duration = Duration::from_secs(2);
 /// Objects per list answer: 128 KiB of records.
@@ -62,6 +65,8 @@ pub struct Progress {
     pub total: AtomicU64,
     /// Objects that had to be fetched since the process started.
     pub fetched: AtomicU64,
+    /// What others bring up to date because a request waits for it here.
+    pub asked: agreement::Asked,
     /// An object that cannot be decided, and the epoch whose holders must be heard.
     pub blocked: std::sync::Mutex<Option<(Oid, Epoch)>>,
 }
@@ -76,6 +81,7 @@ impl Default for Progress {
             done: AtomicU64::default(),
             total: AtomicU64::default(),
             fetched: AtomicU64::default(),
+            asked: agreement::Asked::default(),
             blocked: std::sync::Mutex::default(),
         }
     }
@@ -181,11 +187,18 @@ async fn attempt(data: &Data, holder: &Arc<Holder>, epoch: Epoch) -> Result<(), 
     data.progress().listed.store(true, Ordering::Relaxed);
     loop {
         // Objects that wait for a missing node are tried again after all others are safe.
+        let clock = &data.world().clock;
+        let began = clock.monotonic();
         work = pass(data, epoch, work).await?;
         if work.is_empty() {
             return Ok(());
         }
         wait_for_change(data, holder).await;
+        // Where many wait for others, changes are frequent: half of the time is theirs.
+        let took = clock.monotonic().saturating_sub(began);
+        if work.len() > PARALLEL {
+            clock.sleep(took.min(RETRY_MAX)).await;
+        }
     }
 }
 
@@ -240,7 +253,7 @@ async fn wait_for_change(data: &Data, holder: &Holder) {
 /// Waits until this node's copy of an object is the newest there is, bringing it here if need be.
 pub async fn ensure_current(data: &Data, oid: Oid, epoch: Epoch) -> Result<(), RecoveryEnd> {
     let Some(holder) = data.holder() else { return Ok(()) };
-    while !try_current(data, oid, epoch).await? {
+    while !try_current(data, oid, epoch, Haste::OutOfTurn).await? {
         wait_for_change(data, holder).await;
     }
     Ok(())
@@ -259,11 +272,20 @@ async fn try_in_turn(data: &Data, oid: Oid, epoch: Epoch) -> Result<bool, Recove
     pace::await_turn(data, epoch).await;
     // The semaphore is never closed. The slot comes before the object's turn, so that whoever has the turn is at work.
     let _slot = data.progress().slots.acquire().await;
-    try_current(data, oid, epoch).await
+    try_current(data, oid, epoch, Haste::InTurn).await
+}
+
+/// Whether a request waits for an object.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Haste {
+    /// None does.
+    InTurn,
+    /// One does: others that have to bring their copies up to date first are asked to.
+    OutOfTurn,
 }
 
 /// One attempt of `ensure_current`: false if it must be tried again later.
-async fn try_current(data: &Data, oid: Oid, epoch: Epoch) -> Result<bool, RecoveryEnd> {
+async fn try_current(data: &Data, oid: Oid, epoch: Epoch, haste: Haste) -> Result<bool, RecoveryEnd> {
     let Some(holder) = data.holder() else { return Ok(true) };
     if holder.epoch() != epoch {
         return Err(RecoveryEnd::EpochOver);
@@ -272,7 +294,7 @@ async fn try_current(data: &Data, oid: Oid, epoch: Epoch) -> Result<bool, Recove
     let turn = data.turns().turn(oid);
     let _guard = turn.lock().await;
     for source in holder.sources_needed(oid) {
-        if !Box::pin(try_current(data, source, epoch)).await? {
+        if !Box::pin(try_current(data, source, epoch, haste)).await? {
             return Ok(false);
         }
     }
@@ -281,7 +303,7 @@ async fn try_current(data: &Data, oid: Oid, epoch: Epoch) -> Result<bool, Recove
         return Ok(holder.confirm(oid, epoch));
     }
     holder.begin_comparison(oid);
-    match compare(data, holder, oid, epoch).await? {
+    match compare(data, holder, oid, epoch, haste).await? {
         Compared::Again => Ok(false),
         Compared::Newest => Ok(holder.confirm(oid, epoch)),
         Compared::NewestOfOldEpoch => Ok(holder.confirm_durably(oid, epoch)),
@@ -299,7 +321,13 @@ enum Compared {
 }
 
 /// Compares one object with the other holders' and brings the newest content here.
-async fn compare(data: &Data, holder: &Arc<Holder>, oid: Oid, epoch: Epoch) -> Result<Compared, RecoveryEnd> {
+async fn compare(
+    data: &Data,
+    holder: &Arc<Holder>,
+    oid: Oid,
+    epoch: Epoch,
+    haste: Haste,
+) -> Result<Compared, RecoveryEnd> {
     let view = holder.view();
     let Some(location) = view.locate(oid) else {
         // An object of a VDI that this node has not heard of: nothing refers to it.
@@ -314,6 +342,7 @@ async fn compare(data: &Data, holder: &Arc<Holder>, oid: Oid, epoch: Epoch) -> R
     }
     let decision = answers.decide(&view, &location);
     tracing::debug!("object {oid} in epoch {epoch}: {decision:?} from {answers:?}");
+    let is_open = agreement::is_open(&view, &location);
     match decision {
         _ if planted::is(Bug::TrustedCopy) && holder.store().entry(oid).is_some() => Ok(Compared::NewestOfOldEpoch),
         Decision::Unheard(_) if planted::is(Bug::UnheardHolders) && holder.store().entry(oid).is_some() => {
@@ -344,12 +373,19 @@ async fn compare(data: &Data, holder: &Arc<Holder>, oid: Oid, epoch: Epoch) -> R
         }
         Decision::Newest { stamp, nodes } => {
             if holder.version(oid).is_ok_and(|version| version.is_some_and(|version| version.stamp == stamp)) {
-                // What a dead writer left on some holders only must be on all before anybody reads it.
                 // What is about to be removed nobody reads, and a holder that was faster with that will not have it again.
-                let matters = !holder.is_being_removed(oid);
-                if matters && holder.is_doubtful(oid) && !all_have_it(&view, &location, &answers.sound, stamp) {
-                    marks::hit(Mark::HalfWrittenSettles);
-                    tracing::debug!("object {oid} was left half-written: not every holder has {stamp} yet");
+                let matters = (is_open || holder.is_doubtful(oid)) && !holder.is_being_removed(oid);
+                let lacking = || agreement::lacking(&view, &location, &answers.sound, stamp);
+                let lacking = if matters { lacking() } else { Vec::new() };
+                if !lacking.is_empty() {
+                    marks::hit(if is_open { Mark::OpenEpochSettles } else { Mark::HalfWrittenSettles });
+                    tracing::debug!("object {oid}: {lacking:?} do not have {stamp} yet");
+                    if is_open && lacking.contains(&data.node()) {
+                        holder.keep_as_of(oid, epoch, epoch);
+                    }
+                    if haste == Haste::OutOfTurn {
+                        agreement::Asked::ask(data, &lacking, oid, epoch);
+                    }
                     return Ok(Compared::Again);
                 }
                 // If not among them it has the same writes: only the time of its last confirmation is older.
@@ -363,7 +399,8 @@ async fn compare(data: &Data, holder: &Arc<Holder>, oid: Oid, epoch: Epoch) -> R
                 holder.trust_again(oid);
                 data.progress().fetched.fetch_add(1, Ordering::Relaxed);
                 // A doubtful one is compared once more, until all holders have the same.
-                return Ok(if holder.is_doubtful(oid) { Compared::Again } else { Compared::NewestOfOldEpoch });
+                let is_settled = !is_open && !holder.is_doubtful(oid);
+                return Ok(if is_settled { Compared::NewestOfOldEpoch } else { Compared::Again });
             }
             Ok(Compared::Again)
         }
@@ -421,17 +458,6 @@ impl Answers {
             decision => decision,
         }
     }
-}
-
-/// Whether every current holder that kept up until now has the newest content.
-fn all_have_it(view: &View, location: &Location, answers: &[Answer], newest: Stamp) -> bool {
-    let holders = view.holders(location);
-    let kept_up = |answer: &&Answer| {
-        let as_of = view.history.current_as_of(answer, location.key, location.copies);
-        holders.contains(&answer.node) && as_of.is_some_and(|as_of| as_of.next() >= view.epoch())
-    };
-    let stamp_of = |answer: &Answer| answer.version.map(|version| version.stamp);
-    answers.iter().filter(kept_up).all(|answer| stamp_of(answer) == Some(newest))
 }
 
 /// Which content of an object is the newest. `None` if it has no place, or not everybody who may know answered.

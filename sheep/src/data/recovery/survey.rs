@@ -14,7 +14,7 @@ use sheep_core::member::NodeId;
 use sheep_core::peer_message::{ListEntry, PeerKind, PeerRequest, Verdict};
 use sheep_core::stamp::{Epoch, Version};
 
-use super::{LIST_BATCH, PATIENCE, RecoveryEnd, holds, own_answer, wait_for_change};
+use super::{LIST_BATCH, PATIENCE, RecoveryEnd, agreement, holds, own_answer, wait_for_change};
 use crate::data::Data;
 use crate::data::holder::Holder;
 use crate::data::view::View;
@@ -60,7 +60,10 @@ fn is_newest_here(data: &Data, holder: &Holder, view: &View, oid: Oid, mut answe
     let Some(own) = own_answer(data, holder, oid) else { return false };
     answers.push(own);
     match view.history.decide(location.key, location.copies, &answers) {
-        Decision::Newest { nodes, .. } => nodes.contains(&data.node()),
+        Decision::Newest { stamp, nodes } => {
+            let is_everywhere = || agreement::lacking(view, &location, &answers, stamp).is_empty();
+            nodes.contains(&data.node()) && (!agreement::is_open(view, &location) || is_everywhere())
+        }
         Decision::Absent => own.version.is_none(),
         Decision::Unheard(_) => false,
     }
