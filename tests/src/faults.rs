@@ -176,6 +176,33 @@ pub fn deaths_in_turn(random: &mut Random, count: usize, length_ms: u64) -> Vec<
     (0..deaths).map(|_| death()).filter(|(at, _)| *at < length_ms).collect()
 }
 
+/// Orderly stops of the whole cluster, by time since the beginning of the load: each in the middle of writes that reach one machine
+/// or all of them late, and often with a machine that does not come back with the others, who go on without it.
+pub fn stops_in_turn(random: &mut Random, count: usize, length_ms: u64) -> Vec<(u64, Fault)> {
+    let mut schedule = Vec::new();
+    let mut at = random.below(length_ms / 2);
+    while at < length_ms {
+        let latency_min_ms = 20 + random.below(200);
+        let late = Link { latency_min_ms, latency_max_ms: 2 * latency_min_ms, ..Link::default() };
+        let (slow, time) = (random.below(count as u64) as usize, 500 + random.below(3000));
+        // Or all of them: then a write is on the node that it came to, alone, for a while.
+        let hosts = if random.one_in(2) { 0..count } else { slow..slow + 1 };
+        schedule.extend(hosts.map(|host| (at, Fault::Slow(host, late, time))));
+        at += 100 + random.below(1500);
+        schedule.push((at, Fault::ShutDown(1 + random.below(2000))));
+        let (host, soon) = (random.below(count as u64) as usize, at + random.below(1000));
+        // Longer than the others wait for it, or not.
+        let away = if random.one_in(3) { 1 + random.below(4000) } else { 11_000 + random.below(5000) };
+        if !random.one_in(3) {
+            let death = if random.one_in(2) { Fault::Kill(host, away) } else { Fault::PowerOff(host, away) };
+            schedule.push((soon, death));
+        }
+        at += 2000 + random.below(12_000);
+    }
+    schedule.retain(|(at, _)| *at < length_ms);
+    schedule
+}
+
 /// Which faults a run may have.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub struct Kinds {

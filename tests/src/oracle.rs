@@ -71,6 +71,23 @@ impl Oracle {
         self.lock().operations.clone()
     }
 
+    /// The operator gave up a disk that may have been the only one with writes of unknown outcome: those may be gone, though some
+    /// were read. What was acknowledged may not.
+    pub fn give_up_unanswered(&self) {
+        let mut memory = self.lock();
+        let unanswered: BTreeSet<u64> = (memory.operations.iter())
+            .filter_map(|operation| match operation.action {
+                Action::Write(value) if operation.end.is_none() => Some(value),
+                _ => None,
+            })
+            .collect();
+        memory.operations.retain(|operation| match operation.action {
+            Action::Write(_) => true,
+            Action::Read(value) => !unanswered.contains(&value),
+            Action::ReadTorn(values) => !values.iter().any(|value| unanswered.contains(value)),
+        });
+    }
+
     /// Forgets what can no longer contradict anything, now that nothing is under way and the last reads of every block, which are
     /// in the record, have been checked. Kept are the value of each block, and what a write with unknown outcome may yet make of
     /// it; of a block whose sectors are of several writes, everything.
@@ -144,6 +161,25 @@ mod tests {
         check(&oracle.operations()).expect("the example itself is right");
         oracle.condense();
         oracle
+    }
+
+    #[test]
+    fn what_a_given_up_disk_alone_may_have_had_may_be_gone_and_nothing_else() {
+        use Action::{Read, Write};
+        let given_up = |actions: &[(Action, bool)]| {
+            let oracle = Oracle::default();
+            for (action, is_known) in actions {
+                oracle.add(operation(&oracle, *action, *is_known));
+            }
+            oracle.give_up_unanswered();
+            oracle
+        };
+        let shown = [(Write(1), true), (Write(2), false), (Read(2), true)];
+        assert!(then_reads(&given_up(&shown), Read(1)));
+        assert!(then_reads(&given_up(&shown), Read(2)), "it may be elsewhere");
+        assert!(!then_reads(&given_up(&shown), Read(0)), "what was acknowledged is kept");
+        let answered = [(Write(1), true), (Write(2), true), (Read(2), true)];
+        assert!(!then_reads(&given_up(&answered), Read(1)));
     }
 
     fn then_reads(oracle: &Oracle, action: Action) -> bool {

@@ -14,7 +14,7 @@ use super::inventory::Places;
 use super::lazy_guest;
 use super::net::{Link, SimNet};
 use super::volume_guest::VolumeGuest;
-use crate::faults::{Changes, Fault, Kinds, deaths_in_turn, pauses};
+use crate::faults::{Changes, Fault, Kinds, deaths_in_turn, pauses, stops_in_turn};
 use crate::invariants::one_history::Epochs;
 use crate::invariants::{
     copies_agree, flushed_kept, healed_when_calm, nothing_foreign, nothing_orphaned, one_disk, outage, space_honest,
@@ -106,8 +106,13 @@ impl Plan {
         plan.halves = other.one_in(2);
         let mut turns = Random::new(seed ^ 0x7475_726e);
         // One that is alone for an epoch must not lose its disk, nor rot.
-        if kinds.crashes && kinds.rot.is_none() && !changes.wiped && !changes.damaged && turns.one_in(4) {
+        let keeps_disks = kinds.rot.is_none() && !changes.wiped && !changes.damaged;
+        if kinds.crashes && keeps_disks && turns.one_in(4) {
             plan.faults.extend(deaths_in_turn(&mut turns, machines, plan.load_ms));
+        }
+        let mut stops = Random::new(seed ^ 0x7374_6f70);
+        if keeps_disks && stops.one_in(8) {
+            plan.faults.extend(stops_in_turn(&mut stops, machines, plan.load_ms));
         }
         plan.faults.sort_by_key(|(at, _)| *at);
         plan.volume_guests = random.below(3);
@@ -259,7 +264,7 @@ async fn script(plan: Plan, net: SimNet, places: Places, shared: Shared) -> Vec<
     let mut violations = healed_when_calm::violations(&net, plan.shape.machines).await;
     // Copies are removed only when it is certain that no node that is away had others.
     if plan.loses_a_disk() && (plan.is_swept || !violations.is_empty()) {
-        violations = give_up_lost(&plan, &net).await;
+        violations = give_up_lost(&plan, &net, &shared.oracle).await;
     }
     if violations.is_empty() && plan.is_swept {
         shared.set_stage(Stage::Shaken);
@@ -288,15 +293,16 @@ async fn script(plan: Plan, net: SimNet, places: Places, shared: Shared) -> Vec<
 
 /// What the lost disk may have had, beside nodes that were not up to date yet, all others wait for: only the operator can say that
 /// it does not come back (README, Limits). Whatever was acknowledged must be there all the same.
-async fn give_up_lost(plan: &Plan, net: &SimNet) -> Vec<String> {
+async fn give_up_lost(plan: &Plan, net: &SimNet, oracle: &Oracle) -> Vec<String> {
     let giving_up = async { SimClient::connect(net, 0).await?.recover_force().await };
-    if let Err(error) = within(PATIENCE, giving_up).await
-        // Nothing waits for that disk.
-        && !error.to_string().contains("NoEffect")
-    {
-        return vec![format!("healed when calm: the lost disk cannot be given up: {error}")];
+    match within(PATIENCE, giving_up).await {
+        Ok(()) => {
+            oracle.give_up_unanswered();
+            tracing::info!("the operator gave the lost disk up");
+        }
+        Err(error) if error.to_string().contains("NoEffect") => tracing::info!("nothing waits for the lost disk"),
+        Err(error) => return vec![format!("healed when calm: the lost disk cannot be given up: {error}")],
     }
-    tracing::info!("the operator gave the lost disk up");
     healed_when_calm::violations(net, plan.shape.machines).await
 }
 
