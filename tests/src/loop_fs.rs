@@ -17,6 +17,7 @@ use anyhow::{Context, Result, ensure};
 use crate::command::{self, find_program};
 
 const DEADLINE: Duration = Duration::from_mins(1);
+const PROBE_DEADLINE: Duration = Duration::from_secs(20);
 
 /// The file systems that stores are expected on.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -133,8 +134,21 @@ impl LoopFs {
 
     /// [`LoopFs::unmount`], then mounted again: the file system replays its own journal.
     pub fn power_on(&mut self) -> Result<()> {
-        self.unmount()?;
-        self.mount("loop").with_context(|| format!("after the power cut of {}", self.image.display()))
+        let started = Instant::now();
+        let probe = self.mount_point.join(".power-is-on");
+        loop {
+            self.unmount()?;
+            self.mount("loop").with_context(|| format!("after the power cut of {}", self.image.display()))?;
+            // As long as another mount namespace holds it, what comes back is the file system that was shut down.
+            match fs::write(&probe, b"x").and_then(|()| fs::remove_file(&probe)) {
+                Ok(()) => return Ok(()),
+                Err(error) if error.kind() == std::io::ErrorKind::StorageFull => return Ok(()),
+                Err(error) if started.elapsed() > PROBE_DEADLINE => {
+                    return Err(error).context(format!("{} is not mounted afresh", self.mount_point.display()));
+                }
+                Err(_) => std::thread::sleep(Duration::from_millis(200)),
+            }
+        }
     }
 }
 
