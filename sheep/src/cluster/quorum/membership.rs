@@ -33,6 +33,8 @@ const PATIENCE: Duration = Duration::from_secs(5);
 const ASKING_FOR: Duration = Duration::from_secs(10);
 /// Nodes shown as asking at once: strangers must not fill the memory.
 const ASKING_MAX: usize = 256;
+/// How often a node that wants in follows others to whom they take for the leader, in one attempt.
+const REDIRECTS_MAX: usize = 3;
 const TOKEN_REFUSED: &str = "the token was used already, or is void because the cluster key was replaced; get a new one with \
                              `dog cluster token`";
 /// Strangers that a node without a cluster keeps in touch with.
@@ -205,11 +207,28 @@ impl Quorum {
         self.mesh().links().into_iter().filter(|link| link.up).map(|link| link.node).collect()
     }
 
-    /// Whether it got on.
+    /// Asks a node, and whom it takes for the leader: after an outage they may take each other for it. Whether this one got on.
     async fn ask_to_join(&self, node: NodeId, join: Join) -> bool {
-        let Some(Answer::Join(answer)) = self.call(node, &Request::Join(join.clone()), PATIENCE).await else {
-            return false;
-        };
+        let mut asked = node;
+        for _ in 0..=REDIRECTS_MAX {
+            let Some(Answer::Join(answer)) = self.call(asked, &Request::Join(join.clone()), PATIENCE).await else {
+                return false;
+            };
+            match answer {
+                JoinAnswer::NotLeader(Some(leader)) if leader != asked && leader != self.inner.node => {
+                    if !self.up().contains(&leader) {
+                        self.ask_around(asked).await;
+                    }
+                    asked = leader;
+                }
+                answer => return self.heed_join_answer(asked, answer).await,
+            }
+        }
+        false
+    }
+
+    /// Does what an answer asks for. Whether this node is in.
+    async fn heed_join_answer(&self, node: NodeId, answer: JoinAnswer) -> bool {
         match answer {
             JoinAnswer::Joined { charter, index } => {
                 if self.charter().is_none() {
@@ -222,12 +241,6 @@ impl Quorum {
                 }
                 tracing::info!("joined cluster {:016x}", charter.cluster);
                 true
-            }
-            JoinAnswer::NotLeader(Some(leader)) if leader != node && leader != self.inner.node => {
-                if !self.up().contains(&leader) {
-                    self.ask_around(node).await;
-                }
-                Box::pin(self.ask_to_join(leader, join)).await
             }
             JoinAnswer::Unreached(members) => {
                 self.ask_around(node).await;
