@@ -171,7 +171,9 @@ impl Shared {
 
     fn apply_overwrite(&self, files: &dyn Files, record: &Record, base: Base) -> io::Result<()> {
         let object = match self.handle(files, record.oid, record.disk, record.size_bytes) {
-            Err(error) if base == Base::Replayed && is_unreadable(&error) => None,
+            Err(error) if base == Base::Replayed && is_unreadable(&error) => {
+                return self.overwrite_headless(files, record);
+            }
             other => other?,
         };
         let Some(object) = object else {
@@ -182,6 +184,20 @@ impl Shared {
             tracing::error!("object {:016x}: a damaged block was written in part and stays damaged", record.oid);
         }
         Ok(())
+    }
+
+    /// Writes to a file whose header cannot be read now. If it can be later, this write must be there.
+    fn overwrite_headless(&self, files: &dyn Files, record: &Record) -> io::Result<()> {
+        let path = self.layout.object(record.disk, record.oid);
+        match ObjectFile::open_headless(files, &path, record.size_bytes) {
+            Ok(Some(object)) => {
+                tracing::error!("object {:016x}: its file cannot be read; recovery will replace it", record.oid);
+                object.write(record.offset, &record.data, Base::Replayed)?;
+                object.sync()
+            }
+            Err(error) if !is_unreadable(&error) => Err(error),
+            Ok(None) | Err(_) => self.lose(files, record, "its file"),
+        }
     }
 
     fn apply_copy(&self, files: &dyn Files, record: &Record, base: Base) -> io::Result<()> {
@@ -200,12 +216,17 @@ impl Shared {
             }
             other => other?,
         }
-        let Some(object) = ObjectFile::adopt(files, &making, record.extra, &header_of(record))? else {
-            return self.lose(files, record, "the object it is copied from");
-        };
-        // Damage that was copied along stays recognizable: its checksums came along too.
-        object.write(record.offset, &record.data, Base::Checked)?;
-        self.put_in_place(files, record, &making, object)
+        // A copy that shares its blocks with the source meets its bad sectors only here. Damage that was copied along stays
+        // recognizable: its checksums came along too.
+        let adopted = ObjectFile::adopt(files, &making, record.extra, &header_of(record)).and_then(|adopted| {
+            let Some(object) = adopted else { return Ok(None) };
+            object.write(record.offset, &record.data, Base::Checked).map(|_| Some(object))
+        });
+        match adopted {
+            Ok(Some(object)) => self.put_in_place(files, record, &making, object),
+            Err(error) if base == Base::Checked || !is_unreadable(&error) => Err(error),
+            Ok(None) | Err(_) => self.lose(files, record, "the object it is copied from"),
+        }
     }
 
     /// The content of this version cannot be had: nothing older may be served in its place.

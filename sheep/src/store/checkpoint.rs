@@ -16,7 +16,7 @@ use super::hint;
 use super::index::{Changes, Index, State};
 use super::state::{Checkpoint, Inner, Shared};
 use super::{Store, StoreError};
-use crate::world::disk::{self, Files, OpenMode, is_unreadable};
+use crate::world::disk::{self, Files, OpenMode};
 
 /// Up to this many files are flushed one by one; more with one flush of their file systems, whose cost does not grow
 /// with their number.
@@ -145,7 +145,7 @@ impl Shared {
             Ok(file) => file.sync_data(),
             // Lost to damage, which the applier has reported; or its name is changing hands just now, and the
             // record that does it is replayed.
-            Err(error) if error.kind() == io::ErrorKind::NotFound || is_unreadable(&error) => Ok(()),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
             Err(error) => Err(error),
         }
     }

@@ -189,6 +189,14 @@ impl ObjectFile {
         Ok(Some(ObjectFile::new(file, geometry)))
     }
 
+    /// Opens a file whose header the device does not give; `None` unless it has the length of one of that size.
+    pub fn open_headless(files: &dyn Files, path: &Path, size_bytes: u64) -> io::Result<Option<ObjectFile>> {
+        let file = files.open(path, OpenMode::Write)?;
+        let geometry = Geometry { size_bytes };
+        let is_whole = file.len()? == geometry.file_bytes();
+        Ok(is_whole.then(|| ObjectFile::new(file, geometry)))
+    }
+
     /// Opens a copy of another object's file (of the same size) and makes it this object's.
     pub fn adopt(files: &dyn Files, path: &Path, source: u64, header: &Header) -> io::Result<Option<ObjectFile>> {
         let Some(adopted) = ObjectFile::open(files, path, source, header.size_bytes)? else {
