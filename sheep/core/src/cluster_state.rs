@@ -274,7 +274,7 @@ impl ClusterState {
             Command::Reclaimed { .. } => Outcome::Refused(Refusal::NoEffect),
             Command::AcquireLease { vdi, node } => self.acquire_lease(*vdi, *node),
             Command::ReleaseLease { vdi, node, generation } => self.release_lease(*vdi, *node, *generation),
-            Command::Shutdown => self.shutdown(),
+            Command::Shutdown | Command::StopAll => self.shutdown(),
             Command::ForceRecover { time } => self.force_recover(*time),
             Command::Restore(state) => self.restore(state),
             Command::Admit { node, fingerprint, token } => self.admit(*node, *fingerprint, token.as_ref()),
@@ -423,9 +423,12 @@ impl ClusterState {
     fn resume(&mut self, time: u64) {
         let orderly = matches!(self.phase, Phase::Waiting { orderly: true, .. });
         self.phase = Phase::Running;
-        let Some(last) =
-            self.epochs.last().filter(|last| orderly && last.ring_members() == ring_members(&self.members))
-        else {
+        let slept = |(node, before): (&NodeId, &EpochMember)| {
+            self.members.get(node).is_some_and(|member| member.member.boot == before.member.boot)
+        };
+        let looks_again = |last: &EpochRecord| self.level < Level::STOPS || !last.members.iter().any(slept);
+        let same = |last: &EpochRecord| last.ring_members() == ring_members(&self.members);
+        let Some(last) = self.epochs.last().filter(|last| orderly && same(last) && looks_again(last)) else {
             self.members_changed(time);
             return;
         };
@@ -434,6 +437,9 @@ impl ClusterState {
             if let Some(member) = self.members.get_mut(node) {
                 member.since = before.since;
             }
+        }
+        if self.level >= Level::STOPS {
+            self.recovered.clear();
         }
     }
 
@@ -539,8 +545,22 @@ impl ClusterState {
         let storing = self.members.values().filter(|m| !m.member.is_gateway());
         if storing.clone().count() > 0 && storing.clone().all(|m| self.recovered.contains(&m.member.id)) {
             self.clean = epoch;
+            self.note_processes();
         }
         Outcome::Done
+    }
+
+    /// The processes of now have everything of this epoch, whichever it began with: it counts as theirs from here on.
+    fn note_processes(&mut self) {
+        let boots = |members: &BTreeMap<NodeId, EpochMember>| -> Vec<u64> {
+            members.values().map(|member| member.member.boot).collect()
+        };
+        if let Some(last) = self.epochs.last_mut()
+            && self.level >= Level::STOPS
+            && boots(&last.members) != boots(&self.members)
+        {
+            Arc::make_mut(last).members.clone_from(&self.members);
+        }
     }
 
     fn shutdown(&mut self) -> Outcome {

@@ -140,6 +140,9 @@ pub enum Command {
         generation: u32,
         size_bytes: u64,
     },
+    /// As `Shutdown`. If all come back the epoch goes on, and it is found anew that all have everything; a process that did not
+    /// stop, and so does not look again, gets an epoch of its own.
+    StopAll,
 }
 
 impl Command {
@@ -179,6 +182,7 @@ impl Command {
             | Command::DetachVdi { .. }
             | Command::LimitVdi { .. } => Level::VOLUME_CHANGES,
             Command::ShrinkVdi { .. } => Level::SHRINKING,
+            Command::StopAll => Level::STOPS,
         }
     }
 }

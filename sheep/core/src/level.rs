@@ -28,8 +28,10 @@ impl Level {
     pub const VOLUME_CHANGES: Level = Level(4);
     /// Volumes that become smaller.
     pub const SHRINKING: Level = Level(5);
+    /// Orderly stops after which it is found anew what everybody has.
+    pub const STOPS: Level = Level(6);
     /// The last one that this build understands.
-    pub const OURS: Level = Level::SHRINKING;
+    pub const OURS: Level = Level::STOPS;
 }
 
 impl fmt::Display for Level {

@@ -30,13 +30,17 @@ fn join(node: u64) -> Command {
 }
 
 fn formatted(nodes: u64) -> ClusterState {
+    formatted_at(Level::OURS, nodes)
+}
+
+fn formatted_at(level: Level, nodes: u64) -> ClusterState {
     let mut state = ClusterState::default();
     for node in 1..=nodes {
         assert_eq!(state.apply(&join(node)), Outcome::Done);
     }
     let format = Command::Format { cluster_id: 9, copies: 3, object_size_shift: 22, flags: 0, time: 100 };
     assert_eq!(state.apply(&format), Outcome::Done);
-    assert_eq!(state.apply(&Command::RaiseLevel { level: Level::OURS }), Outcome::Done);
+    assert_eq!(state.apply(&Command::RaiseLevel { level }), Outcome::Done);
     state
 }
 
@@ -348,7 +352,7 @@ fn another_era_shares_no_number_with_what_the_majority_may_have_gone_on_to() {
 
 #[test]
 fn after_an_orderly_stop_the_epoch_goes_on_once_all_are_back() {
-    let mut state = formatted(3);
+    let mut state = formatted_at(Level::SHRINKING, 3);
     state.apply(&Command::Shutdown);
     assert_eq!(state.apply(&join(1)), Outcome::Refused(Refusal::Waiting));
     let mut back = state.clone().restarted();
@@ -370,6 +374,23 @@ fn after_an_orderly_stop_the_epoch_goes_on_once_all_are_back() {
         grown.apply(&join(node));
     }
     assert_eq!((grown.epoch, grown.clean), (Epoch(2), Epoch(1)));
+}
+
+#[test]
+fn a_process_that_slept_through_an_orderly_stop_gets_an_epoch() {
+    for (level, boots, epoch) in
+        [(Level::OURS, [7, 7, 7], 1), (Level::OURS, [7, 1, 7], 2), (Level::SHRINKING, [7, 1, 7], 1)]
+    {
+        let mut state = formatted_at(level, 3);
+        state.apply(if level < Level::STOPS { &Command::Shutdown } else { &Command::StopAll });
+        let mut state = state.restarted();
+        for (node, boot) in [3, 1, 2].into_iter().zip(boots) {
+            assert!(!state.is_running());
+            state.apply(&Command::Join { member: Member { boot, ..member(node, node as u32) }, time: node });
+        }
+        assert!(state.is_running());
+        assert_eq!((state.epoch, state.clean), (Epoch(epoch), Epoch(1)), "{level} {boots:?}");
+    }
 }
 
 #[test]

@@ -224,7 +224,11 @@ async fn shutdown(front: &Front) -> Outcome {
     if front.data.view().state.is_running() && crate::data::flush::flush(&front.data, None).await.is_err() {
         tracing::warn!("shutting down although not everything could be flushed");
     }
-    propose(front, Command::Shutdown).await
+    match propose(front, Command::StopAll).await {
+        // Nodes of an earlier version are in: theirs is the stop after which the epoch goes on.
+        Err(Status::NoSupport) => propose(front, Command::Shutdown).await,
+        ordered => ordered,
+    }
 }
 
 async fn force_recover(front: &Front, request: &Request) -> Outcome {
