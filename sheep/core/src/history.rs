@@ -199,14 +199,16 @@ impl History {
         })
     }
 
-    /// Whether content that a node says it has outlasts, with that node alone, whoever is away now: in no epoch that its copy does
-    /// not show was there a holder that is no member any more, whose older copy might count as newer for that.
+    /// Whether content that a node says it has outlasts, with that node alone, whoever else has had the object: in no epoch that
+    /// its copy does not show was there a holder that is none now, whose older copy might count as newer for that. A holder of
+    /// now has to have it, too.
     pub fn keeps(&self, answer: &Answer, newest: Stamp, key: PlacementKey, copies: Copies) -> bool {
         let has_it = answer.version.is_some_and(|version| version.stamp == newest);
         let Some(as_of) = self.current_as_of(answer, key, copies) else { return false };
         let before_current = &self.epochs[..self.epochs.len().saturating_sub(1)];
         let mut later = before_current.iter().filter(|at| at.record.epoch > as_of);
-        has_it && later.all(|at| at.holders(key, copies).iter().all(|node| self.boots.contains_key(node)))
+        let now = self.holders(key, copies);
+        has_it && later.all(|at| at.holders(key, copies).iter().all(|node| now.contains(node)))
     }
 
     /// The holders of an object that had its newest content from the first moment of an epoch.

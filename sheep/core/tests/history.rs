@@ -21,13 +21,17 @@ struct Story {
 
 impl Story {
     fn begin() -> Story {
+        Story::begin_at(Level::OURS)
+    }
+
+    fn begin_at(level: Level) -> Story {
         let mut story = Story { state: ClusterState::default() };
         for node in [A, B, C] {
             story.joins(node);
         }
         let format = Command::Format { cluster_id: 1, copies: 3, object_size_shift: 22, flags: 0, time: 0 };
         story.state.apply(&format);
-        story.state.apply(&Command::RaiseLevel { level: Level::OURS });
+        story.state.apply(&Command::RaiseLevel { level });
         story
     }
 
@@ -277,7 +281,7 @@ fn what_is_shown_where_nobody_is_steady_must_not_lose_against_who_is_away() {
 
 #[test]
 fn who_came_back_after_an_orderly_stop_is_not_steady_though_the_epoch_goes_on() {
-    let mut story = Story::begin();
+    let mut story = Story::begin_at(Level::SHRINKING);
     story.dies(C);
     story.joins(C);
     story.ends_clean();
@@ -300,6 +304,61 @@ fn who_came_back_after_an_orderly_stop_is_not_steady_though_the_epoch_goes_on() 
     story.ends_clean();
     story.joins(C);
     assert!(story.has_steady_holder());
+}
+
+#[test]
+fn what_is_shown_where_nobody_is_steady_must_not_lose_against_a_former_holder_either() {
+    // 2: A and C are there, 3: after a blackout B is as well, and holds some objects instead of C.
+    let copies = Copies::always(2);
+    let mut story = Story::begin();
+    story.dies(B);
+    story.ends_clean();
+    story.state = story.state.clone().restarted();
+    for node in [B, A, C] {
+        story.joins(node);
+    }
+    assert_eq!(story.state.epoch, Epoch(3));
+    let history = History::of(&story.state, None);
+    let held_by = |index: u32, node: u64| {
+        let vdi = VdiId::from_low_bits(7);
+        let key = placement_key(vdi, Oid::data(vdi, index));
+        history.held(NodeId(node), Epoch(3), key, copies).then_some(key)
+    };
+    let moved = (0..100).find_map(|index| held_by(index, A).and(held_by(index, B))).expect("there are enough");
+    let (shown, before) = (stamp(1, 9), stamp(1, 8));
+    let fetched = has(B, 0, shown, 1);
+    assert!(!history.keeps(&fetched, shown, moved, copies), "C's copy counts as newer than this one");
+    let kept = has(B, 3, shown, 1);
+    assert!(history.keeps(&kept, shown, moved, copies));
+    story.dies(A);
+    let history = History::of(&story.state, None);
+    let of_c = has(C, 2, before, 2);
+    assert_eq!(history.decide(moved, copies, &[of_c, fetched]), newest(before, &[C]));
+    assert_eq!(history.decide(moved, copies, &[of_c, kept]), newest(shown, &[B]));
+}
+
+#[test]
+fn who_came_back_after_an_orderly_stop_is_steady_when_all_have_looked_again() {
+    let mut story = Story::begin();
+    story.dies(C);
+    story.joins(C);
+    story.ends_clean();
+    let epoch = story.state.epoch;
+    for (boot, looks_again) in [(7, false), (8, true)] {
+        story.state.apply(&Command::StopAll);
+        story.state.apply(&Command::Restart);
+        for node in [A, B, C] {
+            story.joins_as(node, boot);
+        }
+        assert!(story.state.is_running() && story.state.epoch == epoch);
+        if looks_again {
+            story.ends_clean();
+        }
+        let mut later = Story { state: story.state.clone() };
+        later.dies(C);
+        later.joins(C);
+        assert_eq!(later.has_steady_holder(), looks_again);
+    }
 }
 
 #[test]

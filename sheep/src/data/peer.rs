@@ -19,7 +19,7 @@ use super::Data;
 use super::gateway::lease_table;
 use super::holder::{Damaged, Holder};
 use super::links::{PEER_PROTOCOL, parse_hello};
-use super::recovery::{LIST_BATCH, ensure_current};
+use super::recovery::{LIST_BATCH, ensure_current, ensure_current_within};
 use super::traffic::{Counted, Side, Work};
 use crate::world::frames::{FrameReader, FrameSender};
 use crate::world::marks::{self, Mark};
@@ -29,6 +29,8 @@ use crate::world::net::{Connection, Listener};
 const ANSWER_BYTES_MAX: usize = 64 << 20;
 /// How long the order may take to tell this node of a lease that it has granted: longer than a node stays in without it.
 const LEASE_PATIENCE: Duration = Duration::from_secs(10);
+/// How long a read waits here for its copy to be brought up to date: less than whoever asks waits for an answer. It asks again.
+const WAIT_MAX: Duration = Duration::from_secs(4);
 
 /// Takes connections of other nodes until the process ends.
 pub async fn listen(data: Data, listener: Box<dyn Listener>) {
@@ -269,7 +271,10 @@ async fn read(data: &Data, holder: &Arc<Holder>, request: &PeerRequest) -> Resul
         return Err(Verdict::Invalid);
     }
     if request.has(FLAG_WAIT) {
-        ensure_current(data, request.oid, request.epoch).await.map_err(|_| Verdict::OldEpoch)?;
+        let current = ensure_current_within(data, request.oid, request.epoch, WAIT_MAX).await;
+        if !current.map_err(|_| Verdict::OldEpoch)? {
+            return Err(Verdict::NotCurrent);
+        }
         if request.length == 0 && request.has(FLAG_BRING) {
             return holder.check_current(request).map(|()| Bytes::new());
         }

@@ -27,16 +27,31 @@ pub fn is_open(view: &View, location: &Location) -> bool {
 /// The holders that lack the newest content, of those that must have it.
 pub fn lacking(view: &View, location: &Location, answers: &[Answer], newest: Stamp) -> Vec<NodeId> {
     let holders = view.holders(location);
+    if is_open(view, location) {
+        // Who has said nothing that can be believed, too.
+        let keeps = |answer: &Answer| view.history.keeps(answer, newest, location.key, location.copies);
+        let has_kept = |node: &NodeId| answers.iter().any(|answer| answer.node == *node && keeps(answer));
+        return holders.iter().copied().filter(|node| !has_kept(node)).collect();
+    }
     let of_holders = answers.iter().filter(|answer| holders.contains(&answer.node));
-    let keeps = |answer: &Answer| view.history.keeps(answer, newest, location.key, location.copies);
     let has_it = |answer: &Answer| answer.version.is_some_and(|version| version.stamp == newest);
     let kept_up = |answer: &Answer| {
         let as_of = view.history.current_as_of(answer, location.key, location.copies);
         as_of.is_some_and(|as_of| as_of.next() >= view.epoch())
     };
-    let is_open = is_open(view, location);
-    let lacks = |answer: &&Answer| if is_open { !keeps(answer) } else { kept_up(answer) && !has_it(answer) };
-    of_holders.filter(lacks).map(|answer| answer.node).collect()
+    of_holders.filter(|answer| kept_up(answer) && !has_it(answer)).map(|answer| answer.node).collect()
+}
+
+/// The other holders that have a copy of an object of which `node` was told that it does not exist. Who knew that forgets it when
+/// it has completed an epoch in which it is no holder: where nobody is steady, two holders that ask one after the other may
+/// be told different things, and each would wait for the other.
+pub fn having(view: &View, location: &Location, answers: &[Answer], node: NodeId) -> Vec<NodeId> {
+    if !is_open(view, location) {
+        return Vec::new();
+    }
+    let holders = view.holders(location);
+    let has_one = |answer: &&Answer| answer.node != node && answer.version.is_some() && holders.contains(&answer.node);
+    answers.iter().filter(has_one).map(|answer| answer.node).collect()
 }
 
 /// What other nodes were asked to bring up to date out of turn and have not answered yet.
@@ -58,6 +73,9 @@ impl Asked {
                 // Whatever comes of it: the comparison that asked is made again.
                 drop(data.links().call(node, request, Bytes::new(), PATIENCE).await);
                 data.progress().asked.set().remove(&(node, oid));
+                if let Some(holder) = data.holder() {
+                    holder.changed().notify_waiters();
+                }
             });
         }
     }

@@ -43,7 +43,11 @@ const PARALLEL: usize = 4;
 /// Between attempts when the nodes that matter do not answer; a change of members ends the wait as well.
 const RETRY_INTERVAL: Duration = Duration::from_millis(50);
 /// The longest rest between two rounds of many objects.
-const RETRY_MAX: Duration = Duration::from_secs(1);
+const RETRY_MAX: Duration = Duration::from_mins(1);
+/// After so many attempts for one request it is not tried with every change any more.
+const EAGER_ATTEMPTS: u32 = 8;
+/// Comparisons of an object in one attempt: what was brought here is compared with what the others have by then.
+const COMPARISONS_MAX: u32 = 3;
 /// How long one request for a version or a list may wait for a connection.
 const PATIENCE: Duration = Duration::from_secs(2);
 /// Objects per list answer: 128 KiB of records.
@@ -252,11 +256,33 @@ async fn wait_for_change(data: &Data, holder: &Holder) {
 
 /// Waits until this node's copy of an object is the newest there is, bringing it here if need be.
 pub async fn ensure_current(data: &Data, oid: Oid, epoch: Epoch) -> Result<(), RecoveryEnd> {
-    let Some(holder) = data.holder() else { return Ok(()) };
-    while !try_current(data, oid, epoch, Haste::OutOfTurn).await? {
-        wait_for_change(data, holder).await;
-    }
+    while !ensure_current_within(data, oid, epoch, Duration::MAX).await? {}
     Ok(())
+}
+
+/// The same, if it can be done in about this time. Whether it is.
+pub async fn ensure_current_within(
+    data: &Data,
+    oid: Oid,
+    epoch: Epoch,
+    patience: Duration,
+) -> Result<bool, RecoveryEnd> {
+    let Some(holder) = data.holder() else { return Ok(true) };
+    let clock = &data.world().clock;
+    let began = clock.monotonic();
+    let mut attempts = 0;
+    while !try_current(data, oid, epoch, Haste::OutOfTurn).await? {
+        if clock.monotonic().saturating_sub(began) > patience {
+            return Ok(false);
+        }
+        attempts += 1;
+        if attempts < EAGER_ATTEMPTS {
+            wait_for_change(data, holder).await;
+        } else {
+            clock.sleep(RETRY_INTERVAL).await;
+        }
+    }
+    Ok(true)
 }
 
 /// As `ensure_current`, but without haste: the guests' requests come first.
@@ -302,18 +328,24 @@ async fn try_current(data: &Data, oid: Oid, epoch: Epoch, haste: Haste) -> Resul
     if holder.is_current(oid) && holder.epoch() == epoch {
         return Ok(holder.confirm(oid, epoch));
     }
-    holder.begin_comparison(oid);
-    match compare(data, holder, oid, epoch, haste).await? {
-        Compared::Again => Ok(false),
-        Compared::Newest => Ok(holder.confirm(oid, epoch)),
-        Compared::NewestOfOldEpoch => Ok(holder.confirm_durably(oid, epoch)),
+    for _ in 0..COMPARISONS_MAX {
+        holder.begin_comparison(oid);
+        match compare(data, holder, oid, epoch, haste).await? {
+            Compared::Again => return Ok(false),
+            Compared::Improved => {}
+            Compared::Newest => return Ok(holder.confirm(oid, epoch)),
+            Compared::NewestOfOldEpoch => return Ok(holder.confirm_durably(oid, epoch)),
+        }
     }
+    Ok(false)
 }
 
 /// What a comparison came to.
 enum Compared {
     /// It must be tried again.
     Again,
+    /// The copy here is another one now: it may be right, which the next comparison shows.
+    Improved,
     /// The copy here (or its absence) is the newest.
     Newest,
     /// So it is, but its version says an epoch that does not show it.
@@ -354,6 +386,7 @@ async fn compare(
             Ok(Compared::Again)
         }
         Decision::Absent => {
+            let having = agreement::having(&view, &location, &answers.sound, data.node());
             if let Some(entry) = holder.store().entry(oid) {
                 marks::hit(Mark::RemovedStaysRemoved);
                 if planted::is(Bug::ForgottenRemoval) {
@@ -362,9 +395,18 @@ async fn compare(
                 let ticket = holder.store().remove(oid, entry.version);
                 holder.was_found_absent(oid);
                 holder.trust_again(oid);
-                return Ok(if ticket.await.is_ok() { Compared::Newest } else { Compared::Again });
+                if ticket.await.is_err() {
+                    return Ok(Compared::Again);
+                }
             }
-            Ok(Compared::Newest)
+            if having.is_empty() {
+                return Ok(Compared::Newest);
+            }
+            tracing::debug!("object {oid}: {having:?} have one still");
+            if haste == Haste::OutOfTurn {
+                agreement::Asked::ask(data, &having, oid, epoch);
+            }
+            Ok(Compared::Again)
         }
         Decision::Newest { .. }
             if planted::is(Bug::LowerStamp) && holder.is_doubtful(oid) && holder.store().entry(oid).is_some() =>
@@ -380,13 +422,14 @@ async fn compare(
                 if !lacking.is_empty() {
                     marks::hit(if is_open { Mark::OpenEpochSettles } else { Mark::HalfWrittenSettles });
                     tracing::debug!("object {oid}: {lacking:?} do not have {stamp} yet");
-                    if is_open && lacking.contains(&data.node()) {
-                        holder.keep_as_of(oid, epoch, epoch);
-                    }
                     if haste == Haste::OutOfTurn {
                         agreement::Asked::ask(data, &lacking, oid, epoch);
                     }
-                    return Ok(Compared::Again);
+                    let is_kept = is_open && lacking.contains(&data.node());
+                    if is_kept {
+                        holder.keep_as_of(oid, epoch, epoch);
+                    }
+                    return Ok(if is_kept { Compared::Improved } else { Compared::Again });
                 }
                 // If not among them it has the same writes: only the time of its last confirmation is older.
                 let confirmed = nodes.contains(&data.node());
@@ -400,7 +443,7 @@ async fn compare(
                 data.progress().fetched.fetch_add(1, Ordering::Relaxed);
                 // A doubtful one is compared once more, until all holders have the same.
                 let is_settled = !is_open && !holder.is_doubtful(oid);
-                return Ok(if is_settled { Compared::NewestOfOldEpoch } else { Compared::Again });
+                return Ok(if is_settled { Compared::NewestOfOldEpoch } else { Compared::Improved });
             }
             Ok(Compared::Again)
         }

@@ -64,7 +64,9 @@ fn is_newest_here(data: &Data, holder: &Holder, view: &View, oid: Oid, mut answe
             let is_everywhere = || agreement::lacking(view, &location, &answers, stamp).is_empty();
             nodes.contains(&data.node()) && (!agreement::is_open(view, &location) || is_everywhere())
         }
-        Decision::Absent => own.version.is_none(),
+        Decision::Absent => {
+            own.version.is_none() && agreement::having(view, &location, &answers, data.node()).is_empty()
+        }
         Decision::Unheard(_) => false,
     }
 }
