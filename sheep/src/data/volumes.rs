@@ -300,8 +300,25 @@ pub async fn create_object(data: &Data, creation: Creation) -> Result<(), Volume
             other => return Ok(other?),
         }
     }
+    // Whoever has room for a copy does not wait for a lease: whose drain waits for one that waits for room.
+    while is_copied_here(data, &creation)? {
+        let hold = lease_table::hold(data, oid.vid()).await?;
+        match create_under(data, creation.clone(), hold.lease.generation).await {
+            Err(VolumeError::Write(WriteError::Fenced)) => {}
+            other => return other,
+        }
+    }
     let (object, _room) = whole_write(data, creation).await?;
     Ok(write(data, object).await?)
+}
+
+/// Whether the object has to be put together in this node's memory: its source has other holders.
+fn is_copied_here(data: &Data, creation: &Creation) -> Result<bool, VolumeError> {
+    let view = data.view();
+    let object_bytes = view.locate(creation.oid).ok_or(WriteError::Invalid)?.object_bytes;
+    let covers_all = creation.offset == 0 && creation.payload.len() as u64 == object_bytes;
+    let is_strange = |source: Oid| !view.same_chain(source.vid(), creation.oid.vid());
+    Ok(!covers_all && creation.source.is_some_and(is_strange))
 }
 
 /// Creates an object under one lease generation only; see `write_under`.
