@@ -7,7 +7,7 @@ use std::io;
 use std::sync::Arc;
 
 use bytes::{BufMut, Bytes, BytesMut};
-use tokio::sync::Semaphore;
+use tokio::sync::{Semaphore, watch};
 
 use super::contexts::Context;
 use super::handshake::{PAYLOAD_BYTES_MAX, Session};
@@ -47,6 +47,8 @@ impl From<DiskError> for Failure {
 pub async fn serve(session: Session, mut reader: FrameReader, sender: FrameSender) -> io::Result<()> {
     let session = Arc::new(session);
     let room = Arc::new(Semaphore::new(UNDER_WAY_BYTES_MAX));
+    // Ends with this connection.
+    let (_connection, left) = watch::channel(());
     loop {
         let Some(command) = next(&session, &mut reader).await? else { return Ok(()) };
         let carries_payload = command.kind == Some(CommandKind::Write)
@@ -84,9 +86,14 @@ pub async fn serve(session: Session, mut reader: FrameReader, sender: FrameSende
         }
         let traffic = session.export.disk.traffic();
         let counted = work_of(&command).map(|work| traffic.begin(Side::Clients, work, payload.len()));
-        let (session, sender) = (session.clone(), sender.clone());
+        let (session, sender, mut left) = (session.clone(), sender.clone(), left.clone());
         tokio::spawn(async move {
-            session.export.disk.await_service().await;
+            tokio::select! {
+                biased;
+                () = session.export.disk.await_service() => {}
+                // The client may have come again, and have sent it again: what is done later may not come on top of that.
+                _ = left.changed() => return,
+            }
             if counted.is_some() && command.kind != Some(CommandKind::Flush) {
                 let moves = carries_payload || is_read;
                 session.export.disk.pass_limits(if moves { command.length as usize } else { 0 }).await;
