@@ -164,7 +164,7 @@ fn parent_of(data: &Data, id: VdiId) -> Option<VdiId> {
 }
 
 /// Whether a VDI has a map of its own.
-async fn is_made(data: &Data, id: VdiId) -> Result<bool, ReadFailure> {
+pub async fn is_made(data: &Data, id: VdiId) -> Result<bool, ReadFailure> {
     Ok(!is_gone(data, Oid::inode(id)).await?)
 }
 
