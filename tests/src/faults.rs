@@ -176,9 +176,18 @@ pub fn deaths_in_turn(random: &mut Random, count: usize, length_ms: u64) -> Vec<
     (0..deaths).map(|_| death()).filter(|(at, _)| *at < length_ms).collect()
 }
 
-/// Orderly stops of the whole cluster, by time since the beginning of the load: each in the middle of writes that reach one machine
+/// What stops the whole cluster in [`stops_in_turn`].
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Stops {
+    /// The operator, each time.
+    Orderly,
+    /// The operator or the power, and machines die while the cluster comes back.
+    Any,
+}
+
+/// Stops of the whole cluster, by time since the beginning of the load: each in the middle of writes that reach one machine
 /// or all of them late, and often with a machine that does not come back with the others, who go on without it.
-pub fn stops_in_turn(random: &mut Random, count: usize, length_ms: u64) -> Vec<(u64, Fault)> {
+pub fn stops_in_turn(random: &mut Random, count: usize, length_ms: u64, stops: Stops) -> Vec<(u64, Fault)> {
     let mut schedule = Vec::new();
     let mut at = random.below(length_ms / 2);
     while at < length_ms {
@@ -189,13 +198,20 @@ pub fn stops_in_turn(random: &mut Random, count: usize, length_ms: u64) -> Vec<(
         let hosts = if random.one_in(2) { 0..count } else { slow..slow + 1 };
         schedule.extend(hosts.map(|host| (at, Fault::Slow(host, late, time))));
         at += 100 + random.below(1500);
-        schedule.push((at, Fault::ShutDown(1 + random.below(2000))));
+        let back = 1 + random.below(2000);
+        let is_blackout = stops == Stops::Any && random.one_in(2);
+        schedule.push((at, if is_blackout { Fault::PowerOffAll(back) } else { Fault::ShutDown(back) }));
         let (host, soon) = (random.below(count as u64) as usize, at + random.below(1000));
         // Longer than the others wait for it, or not.
         let away = if random.one_in(3) { 1 + random.below(4000) } else { 11_000 + random.below(5000) };
         if !random.one_in(3) {
             let death = if random.one_in(2) { Fault::Kill(host, away) } else { Fault::PowerOff(host, away) };
             schedule.push((soon, death));
+        }
+        for _ in 0..if stops == Stops::Any { random.below(4) } else { 0 } {
+            let (host, soon) = (random.below(count as u64) as usize, at + random.below(4000));
+            let away = if random.one_in(2) { 1 + random.below(4000) } else { 11_000 + random.below(5000) };
+            schedule.push((soon, Fault::PowerOff(host, away)));
         }
         at += 2000 + random.below(12_000);
     }

@@ -212,13 +212,7 @@ impl Journal {
                 break;
             }
             let bytes = self.read_ring(position.offset, head.length_bytes as usize)?;
-            let Some(records) = decode_batch(bytes, self.store) else {
-                if planted::is(Bug::TornReplay) {
-                    position = Position { skip: 0, ..position }.after_batch(head.length_bytes);
-                    continue;
-                }
-                break;
-            };
+            let Some(records) = decode_batch(bytes, self.store) else { break };
             each(position, records)?;
             claimed = false;
             position = Position { skip: 0, ..position }.after_batch(head.length_bytes);

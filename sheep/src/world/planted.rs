@@ -31,7 +31,7 @@ pub enum Bug {
     ForgottenRemoval,
     /// What a dead writer left half-written is taken as it is here, older or not.
     LowerStamp,
-    /// Replay of the journal goes on behind a record that was not written to its end.
+    /// Replay of the journal takes a batch that was not written to its end.
     TornReplay,
     /// A write goes into the snapshot's object instead of a copy of it.
     SharedWrites,

@@ -14,7 +14,7 @@ use super::inventory::Places;
 use super::lazy_guest;
 use super::net::{Link, SimNet};
 use super::volume_guest::VolumeGuest;
-use crate::faults::{Changes, Fault, Kinds, deaths_in_turn, pauses, stops_in_turn};
+use crate::faults::{Changes, Fault, Kinds, Stops, deaths_in_turn, pauses, stops_in_turn};
 use crate::invariants::one_history::Epochs;
 use crate::invariants::{
     copies_agree, flushed_kept, healed_when_calm, nothing_foreign, nothing_orphaned, one_disk, outage, space_honest,
@@ -33,13 +33,28 @@ const PATIENCE: Duration = Duration::from_secs(5);
 const LAZY_BLOCKS: u32 = 6;
 /// How long the end of one more process takes to be noticed.
 const SHAKEN_FOR: Duration = Duration::from_secs(1);
+/// Seeds from this one on may have an [`Emphasis`]. Those below it stay the histories that they were: tests name some.
+pub const EMPHASIS_FROM: u64 = 1 << 31;
 const FOUNDED_WITHIN: Duration = Duration::from_mins(1);
+
+/// What a run has more of than others, so that what is rare elsewhere is not rare in it.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Emphasis {
+    /// Everything alike.
+    None,
+    /// Many guests on few blocks, while the cluster stops again and again.
+    Blocks,
+    /// Volumes and snapshots, also with writes beside them.
+    Volumes,
+}
 
 /// Everything that a run is, besides its seed.
 #[derive(Clone, Debug)]
 pub struct Plan {
     /// Decides everything that is not said here.
     pub seed: u64,
+    /// What there is more of.
+    pub emphasis: Emphasis,
     /// The machines.
     pub shape: Shape,
     /// How many of them found the cluster; the others join later.
@@ -112,15 +127,46 @@ impl Plan {
         }
         let mut stops = Random::new(seed ^ 0x7374_6f70);
         if keeps_disks && stops.one_in(8) {
-            plan.faults.extend(stops_in_turn(&mut stops, machines, plan.load_ms));
+            plan.faults.extend(stops_in_turn(&mut stops, machines, plan.load_ms, Stops::Orderly));
         }
         plan.faults.sort_by_key(|(at, _)| *at);
         plan.volume_guests = random.below(3);
         plan.writes_beside = Random::new(seed ^ 0x6265_7369).one_in(2);
         plan.alters = random.one_in(3) && !changes.wiped && !changes.damaged && kinds.rot.is_none();
         plan.is_swept = random.one_in(2);
+        if seed >= EMPHASIS_FROM {
+            plan.emphasize(keeps_disks);
+        }
         plan.lost_in_outage = plan.draw_outage();
         plan
+    }
+
+    /// With a half of the seeds.
+    fn emphasize(&mut self, keeps_disks: bool) {
+        let mut random = Random::new(self.seed ^ 0x656d_7068);
+        match random.below(4) {
+            0 if keeps_disks => {
+                self.emphasis = Emphasis::Blocks;
+                self.guests = 4 + random.below(5) as u32;
+                self.blocks = 1 + random.below(3) as u32;
+                self.write_percent = 30 + random.below(40);
+                self.rest_ms = random.below(8);
+                let machines = self.shape.machines;
+                self.faults.extend(stops_in_turn(&mut random, machines, self.load_ms, Stops::Any));
+                if random.one_in(2) {
+                    self.faults.extend(deaths_in_turn(&mut random, machines, self.load_ms));
+                }
+                self.faults.sort_by_key(|(at, _)| *at);
+            }
+            1 => {
+                self.emphasis = Emphasis::Volumes;
+                self.guests = 1;
+                self.volume_guests = 2 + random.below(3);
+                self.rest_ms = random.below(8);
+                self.writes_beside = true;
+            }
+            _ => {}
+        }
     }
 
     /// Only where the design promises that the others can go on: every object has one copy elsewhere, of three one more, and a
@@ -148,6 +194,7 @@ impl Plan {
         let kinds = Kinds::draw(&mut random, nodes, copies);
         Plan {
             seed,
+            emphasis: Emphasis::None,
             shape: Shape { machines: nodes, zones: nodes, disks: 1 },
             nodes,
             kinds,

@@ -16,7 +16,7 @@ use super::Random;
 use super::client::{SimClient, within};
 use super::guests::{CONNECT_PATIENCE, Load, PATIENCE};
 use super::nbd::SimNbd;
-use super::trial::Plan;
+use super::trial::{Emphasis, Plan};
 use super::volume_memory::{BLOCKS_PER_OBJECT, Fate, Image, Memory, OBJECT_BYTES, OBJECT_SHIFT, STRIDE_BYTES, content};
 use crate::clients::padded;
 use crate::invariants::{snapshots_immutable, volumes_as_written};
@@ -43,6 +43,8 @@ pub struct VolumeGuest {
     copies_min: u8,
     /// Says when something is written beside what is discarded or deleted; nothing if it never is.
     beside: Option<Random>,
+    /// Whether something is written beside snapshots as well.
+    snapshots_beside: bool,
     /// A connection that is left open for later, with its export: what happens to the volume meanwhile must reach it.
     kept: Option<(String, SimNbd)>,
 }
@@ -56,7 +58,8 @@ impl VolumeGuest {
         // A machine that is lost may have had the only copy.
         let copies_min = if plan.lost_in_outage.is_some() { 2 } else { 1 };
         let (alters, memory) = (plan.alters, Memory::default());
-        VolumeGuest { load, random, memory, number, made: 0, alters, copies_min, beside, kept: None }
+        let snapshots_beside = plan.emphasis == Emphasis::Volumes;
+        VolumeGuest { load, random, memory, number, made: 0, alters, copies_min, beside, snapshots_beside, kept: None }
     }
 
     fn is_beside(&mut self, count: u64) -> bool {
@@ -153,14 +156,23 @@ impl VolumeGuest {
         let is_group = self.memory.images[index].is_tag_in_doubt || self.random.one_in(3);
         let indexes = if is_group && self.random.one_in(2) { working } else { vec![index] };
         let names: Vec<String> = indexes.iter().map(|index| self.memory.images[*index].name.clone()).collect();
-        let made = if is_group {
-            let names: Vec<&str> = names.iter().map(String::as_str).collect();
-            within(PATIENCE, client.snapshot_together(&names, &tag)).await
-        } else {
-            let made = within(PATIENCE, snapshot_one(&mut client, &names[0], &tag)).await;
-            self.memory.images[index].is_tag_in_doubt |= made.is_err();
-            made
+        let making = async {
+            if is_group {
+                let names: Vec<&str> = names.iter().map(String::as_str).collect();
+                within(PATIENCE, client.snapshot_together(&names, &tag)).await
+            } else {
+                within(PATIENCE, snapshot_one(&mut client, &names[0], &tag)).await
+            }
         };
+        let mut seen = None;
+        let made = if self.snapshots_beside && self.is_beside(2) {
+            let (made, looked) = self.make_beside_writes(index, &tag, making).await;
+            seen = looked;
+            made
+        } else {
+            making.await
+        };
+        self.memory.images[index].is_tag_in_doubt |= !is_group && made.is_err();
         self.note(&format!("snapshot {tag} of {names:?}"), &made);
         for index in indexes {
             let image = Image { tag: tag.clone(), ..self.memory.images[index].clone() };
@@ -168,6 +180,14 @@ impl VolumeGuest {
             self.memory.images.push(Image { fate, ..image });
         }
         made?;
+        if let Some((mut disk, block, bytes)) = seen {
+            let name = self.memory.images[index].name.clone();
+            let Some(index) = self.memory.those(|image| image.tag == tag && image.name == name).pop() else {
+                return Ok(());
+            };
+            self.judge(index, block, &bytes);
+            self.read(&mut disk, index, block).await?;
+        }
         // Whoever has it open still may hear of the snapshot last.
         let left_open = self.kept.as_ref().and_then(|(export, _)| {
             self.memory.working().into_iter().find(|at| self.memory.images[*at].export() == *export)
@@ -179,6 +199,35 @@ impl VolumeGuest {
             self.write(&mut writer, index, block).await?;
         }
         Ok(())
+    }
+
+    /// Makes a snapshot of an image while others write to one block of it, and looks at the block in it as soon as it is there:
+    /// gives the connection, the block and what it held.
+    async fn make_beside_writes(
+        &mut self,
+        index: usize,
+        tag: &str,
+        making: impl Future<Output = io::Result<()>>,
+    ) -> (io::Result<()>, Option<(SimNbd, u64, Vec<u8>)>) {
+        let block = self.random.below(self.memory.images[index].blocks.len() as u64);
+        let hosts = [self.host(), self.host(), self.host()];
+        let [one, two, three] = hosts.map(|host| self.write_beside_through(index, host, block));
+        let (export, host) = (format!("{}@{tag}", self.memory.images[index].name), self.host());
+        let net = self.load.net.clone();
+        let looking = async {
+            making.await?;
+            let look = async {
+                let mut disk = SimNbd::open(&net, host, &export).await?;
+                let bytes = disk.read(block * STRIDE_BYTES, BLOCK_BYTES as u64).await?;
+                Ok::<_, io::Error>((disk, block, bytes))
+            };
+            Ok(within(PATIENCE, look).await.ok())
+        };
+        let looked = tokio::join!(looking, one, two, three).0;
+        match looked {
+            Ok(seen) => (Ok(()), seen),
+            Err(error) => (Err(error), None),
+        }
     }
 
     async fn clone_one(&mut self) -> io::Result<()> {
@@ -402,8 +451,14 @@ impl VolumeGuest {
 
     /// The same, wherever.
     fn write_beside_anywhere(&mut self, index: usize) -> impl Future<Output = ()> + use<> {
-        let (host, value) = (self.host(), self.load.oracle.next_value());
+        let host = self.host();
         let block = self.random.below(self.memory.images[index].blocks.len() as u64);
+        self.write_beside_through(index, host, block)
+    }
+
+    /// The same, of what is remembered as perhaps written.
+    fn write_beside_through(&mut self, index: usize, host: usize, block: u64) -> impl Future<Output = ()> + use<> {
+        let value = self.load.oracle.next_value();
         self.memory.change(index, block, value, false);
         self.write_beside(index, host, block, value)
     }
@@ -453,13 +508,18 @@ impl VolumeGuest {
 
     async fn read(&mut self, client: &mut SimNbd, index: usize, block: u64) -> io::Result<()> {
         let bytes = within(PATIENCE, client.read(block * STRIDE_BYTES, BLOCK_BYTES as u64)).await?;
+        self.judge(index, block, &bytes);
+        Ok(())
+    }
+
+    /// Compares what was read with what may be there.
+    fn judge(&mut self, index: usize, block: u64, bytes: &[u8]) {
         let image = &mut self.memory.images[index];
-        match image.read(block, &bytes) {
+        match image.read(block, bytes) {
             Ok(found) => self.load.net.note(found.iter().fold(block, |sum, value| sum.wrapping_mul(31) + value)),
             Err(why) if image.is_snapshot() => self.load.oracle.add_broken(snapshots_immutable::violation(&why)),
             Err(why) => self.load.oracle.add_broken(volumes_as_written::violation(&why)),
         }
-        Ok(())
     }
 
     async fn try_to_write(&mut self, client: &mut SimNbd, export: &str) {
