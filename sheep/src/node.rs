@@ -169,8 +169,16 @@ impl Node {
                 tracing::warn!("leaving although not everything could be flushed");
             }
         };
+        // Whoever stays behind when all stop, until the others come back, is not to come in with them: it is about to end.
+        let mut states = self.cluster.watch();
+        let left_behind = async {
+            if !shutting_down || states.wait_for(|state| state.phase != Phase::Shutdown).await.is_err() {
+                std::future::pending::<()>().await;
+            }
+        };
         tokio::select! {
             () = orderly => {}
+            () = left_behind => tracing::warn!("leaving with requests under way: the others are back"),
             () = self.world.clock.sleep(STOP_PATIENCE) => tracing::warn!("leaving with requests under way"),
         }
         self.cluster.leave().await;
