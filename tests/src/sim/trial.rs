@@ -156,6 +156,11 @@ impl Plan {
                 if random.one_in(2) {
                     self.faults.extend(deaths_in_turn(&mut random, machines, self.load_ms));
                 }
+                // Only a disk that is writing leaves half of it.
+                for _ in 0..random.below(10) {
+                    let (at, host) = (random.below(self.load_ms), random.below(machines as u64) as usize);
+                    self.faults.push((at, Fault::DieAfterOperations(host, random.below(60), true)));
+                }
                 self.faults.sort_by_key(|(at, _)| *at);
             }
             1 => {
@@ -360,7 +365,7 @@ async fn look_at_disks(plan: &Plan, net: &SimNet, places: &Places, disks: &[Disk
     let objects: Vec<_> = disks.iter().flat_map(|disk| disk.objects()).collect();
     let mut violations = copies_agree::violations(net, 0, &objects, copies, is_rotten).await;
     if plan.is_swept {
-        let (orphans, inventory) = nothing_orphaned::violations(net, places).await;
+        let (orphans, inventory) = nothing_orphaned::violations(net, places, plan.loses_a_disk()).await;
         violations.extend(orphans);
         violations.extend(zones_distinct::violations(&inventory, places));
         violations.extend(space_honest::violations(net, places).await);
