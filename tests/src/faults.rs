@@ -208,8 +208,12 @@ pub fn stops_in_turn(random: &mut Random, count: usize, length_ms: u64, stops: S
             let death = if random.one_in(2) { Fault::Kill(host, away) } else { Fault::PowerOff(host, away) };
             schedule.push((soon, death));
         }
-        for _ in 0..if stops == Stops::Any { random.below(4) } else { 0 } {
-            let (host, soon) = (random.below(count as u64) as usize, at + random.below(4000));
+        // What one of them alone has comes to the others late, too, and machines die before it does.
+        if stops == Stops::Any {
+            schedule.extend((0..count).map(|host| (at + 1, Fault::Slow(host, late, back + 3000))));
+        }
+        for _ in 0..if stops == Stops::Any { random.below(6) } else { 0 } {
+            let (host, soon) = (random.below(count as u64) as usize, at + random.below(back + 2000));
             let away = if random.one_in(2) { 1 + random.below(4000) } else { 11_000 + random.below(5000) };
             schedule.push((soon, Fault::PowerOff(host, away)));
         }
