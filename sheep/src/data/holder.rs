@@ -79,6 +79,8 @@ struct State {
     damaged: HashSet<Oid>,
     /// Compared (and fetched) in this epoch.
     confirmed: HashSet<Oid>,
+    /// Epochs, from the last clean one on, that ended here with everything that this node had to hold.
+    completed: BTreeSet<Epoch>,
     parked: HashMap<Oid, VecDeque<Parked>>,
     /// Whether writes may be deferred in this epoch.
     deferring: bool,
@@ -237,6 +239,7 @@ impl Holder {
             wiping: false,
             damaged: HashSet::new(),
             confirmed: HashSet::new(),
+            completed: BTreeSet::from([store.clean_through()]),
             parked: HashMap::new(),
             deferring: false,
             heard: BTreeSet::new(),
@@ -356,6 +359,7 @@ impl Holder {
         // Everybody in the new epoch begins with that clean one, or a later one.
         let clean = view.state.clean;
         state.met.retain(|epoch, _| *epoch > clean);
+        state.completed.retain(|epoch| *epoch >= clean);
         state.view = view;
         self.changed.notify_waiters();
         true
@@ -606,6 +610,20 @@ impl Holder {
         view.locate(oid).is_some_and(|at| !view.history.met_steady(&met, at.key, at.copies))
     }
 
+    /// The last epoch for which this node had everything that it must hold. That it has no copy of an object says something only
+    /// if it held it then, and must not be forgotten in the middle of an epoch: others would be told different things. So of an
+    /// object that is not here it is the last such epoch in which this node held it, if there is one.
+    pub fn clean_through(&self, oid: Oid) -> Epoch {
+        let through = self.store.clean_through();
+        if self.store.entry(oid).is_some() {
+            return through;
+        }
+        let state = self.state();
+        let Some(at) = state.view.locate(oid) else { return through };
+        let held = |epoch: &&Epoch| state.view.history.held(self.node, **epoch, at.key, at.copies);
+        state.completed.iter().rev().find(held).copied().unwrap_or(through)
+    }
+
     /// Whether deferred writes of `epoch` are not in their copies yet.
     pub fn has_deferred(&self, epoch: Epoch) -> bool {
         let state = self.state();
@@ -757,6 +775,7 @@ impl Holder {
             return false;
         }
         state.recovering = false;
+        state.completed.insert(epoch);
         // With its room: it had every object here, and may not be wanted again for months.
         state.confirmed = HashSet::new();
         drop(state);

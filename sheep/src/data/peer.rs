@@ -217,7 +217,10 @@ async fn handle(data: &Data, request: &PeerRequest) -> (PeerAnswer, Bytes) {
         header.met_nobody = holder.met_nobody(request.oid);
         header.met_before = holder.met_before();
     }
-    header.clean_through = holder.store().clean_through();
+    header.clean_through = match request.kind {
+        PeerKind::Query => holder.clean_through(request.oid),
+        _ => holder.store().clean_through(),
+    };
     if let Some(entry) = holder.store().entry(request.oid) {
         header.version = entry.version;
         header.object_bytes = entry.size_bytes;

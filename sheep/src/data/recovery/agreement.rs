@@ -42,9 +42,9 @@ pub fn lacking(view: &View, location: &Location, answers: &[Answer], newest: Sta
     of_holders.filter(|answer| kept_up(answer) && !has_it(answer)).map(|answer| answer.node).collect()
 }
 
-/// The other holders that have a copy of an object of which `node` was told that it does not exist. Who knew that forgets it when
-/// it has completed an epoch in which it is no holder: where nobody is steady, two holders that ask one after the other may
-/// be told different things, and each would wait for the other.
+/// The other holders that have a copy of an object of which `node` was told that it does not exist. Who knew that and is no holder
+/// now has forgotten it after an orderly stop: where nobody is steady, two holders that ask before and after may be told
+/// different things, and each would wait for the other.
 pub fn having(view: &View, location: &Location, answers: &[Answer], node: NodeId) -> Vec<NodeId> {
     if !is_open(view, location) {
         return Vec::new();

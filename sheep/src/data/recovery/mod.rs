@@ -242,8 +242,9 @@ fn holds(view: &View, node: NodeId, oid: Oid) -> bool {
 /// What this node says itself; nothing if its copy is damaged.
 fn own_answer(data: &Data, holder: &Holder, oid: Oid) -> Option<Answer> {
     let met_nobody = holder.met_nobody(oid);
+    let clean_through = holder.clean_through(oid);
     let version = holder.version(oid).ok()?;
-    let (clean_through, met_before) = (holder.store().clean_through(), holder.met_before());
+    let met_before = holder.met_before();
     Some(Answer { node: data.node(), version, clean_through, met_nobody, met_before })
 }
 
