@@ -175,15 +175,26 @@ impl Stewardship {
         self.condemned.entry(node).or_insert(now);
     }
 
+    /// The leader itself need not go: it was not evicted yet, and who leads knows that it was not.
+    fn pardon(&mut self, leader: NodeId) {
+        if self.condemned.remove(&leader).is_some() {
+            tracing::info!("this node reaches every member again: it stays");
+        }
+    }
+
     fn condition(&self, node: NodeId, boot: u64, own: (NodeId, u64), now: Duration) -> Condition {
         if self.dead.contains(&(node, boot)) {
             return Condition::Gone;
         }
-        if node == own.0 {
-            return if boot == own.1 { Condition::Alive } else { Condition::Gone };
+        if node == own.0 && boot != own.1 {
+            return Condition::Gone;
         }
+        // The leader as well: it goes on leading, and comes in again when it reaches everybody.
         if let Some(since) = self.condemned.get(&node) {
             return if now.saturating_sub(*since) >= EVICT { Condition::Gone } else { Condition::Alive };
+        }
+        if node == own.0 {
+            return Condition::Alive;
         }
         let silent = self.silent_for(node, now);
         match self.heard.get(&node) {
@@ -310,6 +321,9 @@ impl Quorum {
             return;
         }
         let down: Vec<NodeId> = self.mesh().links().iter().filter(|link| !link.up).map(|link| link.node).collect();
+        if !is_banned(&state, own.0) && !down.iter().any(|node| state.members.contains_key(node)) {
+            lock(&self.inner.stewardship).pardon(own.0);
+        }
         let loser = lock(&self.inner.stewardship).judge_links(&state, own.0, &down, now);
         if let Some(node) = loser {
             let mut stewardship = lock(&self.inner.stewardship);
@@ -322,10 +336,7 @@ impl Quorum {
 
     /// Whoever was banned has to go, once its last lease is over.
     fn condemn_banned(&self, state: &ClusterState, now: Duration) {
-        if state.admission.key.is_none() {
-            return;
-        }
-        let banned = state.members.keys().filter(|node| !state.admission.nodes.contains_key(node));
+        let banned = state.members.keys().filter(|node| is_banned(state, **node));
         let mut stewardship = lock(&self.inner.stewardship);
         for node in banned {
             stewardship.condemn(*node, now);
@@ -427,6 +438,11 @@ impl Quorum {
         lock(&self.inner.stewardship).prove_dead(node, boot);
         self.inner.steward_wake.notify_one();
     }
+}
+
+/// Whether a member is not admitted any more.
+fn is_banned(state: &ClusterState, node: NodeId) -> bool {
+    state.admission.key.is_some() && !state.admission.nodes.contains_key(&node)
 }
 
 #[cfg(test)]
@@ -550,6 +566,29 @@ mod tests {
         assert!(!stewardship.heard(reign(1), at(200), &ping(2, 12, &[]), true));
         assert!(stewardship.gone(&state, OWN, at(3000)).is_empty());
         assert_eq!(stewardship.gone(&state, OWN, at(3100)), [NodeId(2)]);
+    }
+
+    #[test]
+    fn a_leader_that_does_not_reach_the_others_goes_unless_it_does_in_time() {
+        let state = state(3);
+        let mut stewardship = leader(1, 0);
+        for time in [0, 3000] {
+            hear(&mut stewardship, time, 2);
+            hear(&mut stewardship, time, 3);
+        }
+        let down = [NodeId(2), NodeId(3)];
+        assert_eq!(stewardship.judge_links(&state, OWN.0, &down, at(0)), None);
+        assert_eq!(stewardship.judge_links(&state, OWN.0, &down, at(3100)), Some(OWN.0), "it alone is the trouble");
+        stewardship.condemn(OWN.0, at(3100));
+        assert!(!stewardship.counts(OWN.0), "it serves nobody meanwhile");
+        let mut healed = leader(1, 0);
+        healed.condemn(OWN.0, at(3100));
+        healed.pardon(OWN.0);
+        for (stewardship, expected) in [(&mut stewardship, vec![OWN.0]), (&mut healed, Vec::new())] {
+            hear(stewardship, 6000, 2);
+            hear(stewardship, 6000, 3);
+            assert_eq!(stewardship.gone(&state, OWN, at(6100)), expected);
+        }
     }
 
     #[test]
