@@ -26,6 +26,9 @@ const SCENARIOS: &[u64] = &[207, 282, 1023, 1037, 20051, 20109];
 /// histories went on.
 /// 15001263: after an orderly stop, in the same epoch, what a stopped writer had left on one holder was shown before the others had
 /// it, and was gone later. 15100261: the same after a blackout, in an epoch that began with nobody who had everything.
+/// 2147700092: a gateway that had not heard yet that a node was leaving read that node's copy, which was old by then.
+/// 2147700894: a node forgot, when it had everything of an epoch, that an object had been removed, while others still asked.
+/// 2147730071: a leader that found itself the one that did not reach the others served nobody any more, and led on.
 /// 8001085: a node that was out did not know where the leader was, and came back never.
 const SCENARIOS_OF_ALL: &[u64] = &[
     800_011,
@@ -44,6 +47,9 @@ const SCENARIOS_OF_ALL: &[u64] = &[
     15_001_263,
     15_100_261,
     653_988_624,
+    2_147_700_092,
+    2_147_700_894,
+    2_147_730_071,
 ];
 /// Some more, of all kinds.
 const MORE: std::ops::Range<u64> = 0..12;

@@ -110,6 +110,7 @@ impl Cluster {
 
     /// Says good-bye: the others go on without this node at once.
     pub async fn leave(&self) {
+        self.fence.shut();
         self.driver.leave().await;
     }
 }

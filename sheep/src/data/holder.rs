@@ -14,7 +14,9 @@
 //!    crash. It waits for the writer's word on that, or, when the writer's lease is over, has the copies compared.
 //! 4. A map is not read for somebody who takes a deleted VDI for one that exists, or a snapshot for a working VDI. No write is
 //!    taken under a lease that this node does not know of yet (`peer` waits): so what came before the lease is known with it.
-//! 5. While an object has deferred writes, nothing this node says of it, now or after a crash, counts as if its copy had
+//! 5. In a new epoch no write ends before all members that held its object, and do not now, are in that epoch, too: a gateway that
+//!    is behind might still be shown their copies (`is_epoch_known`).
+//! 6. While an object has deferred writes, nothing this node says of it, now or after a crash, counts as if its copy had
 //!    taken what the current epoch wrote (`History::may_defer`): its version gets the current epoch with the last of
 //!    them, not before. Deferred writes are always the first of those parked for an object.
 
@@ -86,7 +88,9 @@ struct State {
     deferring: bool,
     /// Members that have said in this epoch that they are there: one that was dead when it began takes no part in any write.
     heard: BTreeSet<NodeId>,
-    /// The same of this and earlier epochs, as far as a comparison may go back to them.
+    /// Whether all that store something have.
+    heard_all: bool,
+    /// Those heard in this and earlier epochs, as far as a comparison may go back to them.
     met: BTreeMap<Epoch, BTreeSet<NodeId>>,
     /// Bytes of deferred writes.
     deferred_bytes: u64,
@@ -243,6 +247,7 @@ impl Holder {
             parked: HashMap::new(),
             deferring: false,
             heard: BTreeSet::new(),
+            heard_all: false,
             met: BTreeMap::new(),
             deferred_bytes: 0,
             dropped: HashSet::new(),
@@ -350,10 +355,10 @@ impl Holder {
         state.confirmed.clear();
         // Dropping the parked writes answers `OldEpoch`: their gateway sends them again in this epoch.
         state.parked.clear();
-        // A node that has just come in takes over objects from others, who may read their own copies until they know: it answers
-        // for no write before all of them have told that they are in this epoch (`heard_suspects`).
+        // A node that has just come in knows of no lost writer yet.
         state.deferring = state.continued;
         state.heard.clear();
+        state.heard_all = false;
         state.dropped.clear();
         state.deferred_bytes = 0;
         // Everybody in the new epoch begins with that clean one, or a later one.
@@ -390,6 +395,7 @@ impl Holder {
             return Err(Verdict::OldEpoch);
         }
         state.heard.insert(node);
+        state.heard_all = has_heard_all(&state, self.node);
         state.met.entry(epoch).or_default().insert(node);
         if state.deferring {
             self.defer_parked(&mut state);
@@ -409,11 +415,7 @@ impl Holder {
                 if state.view.epoch() != epoch {
                     return Err(Verdict::OldEpoch);
                 }
-                // Of the epoch: after an orderly stop the members come back one by one.
-                let record = state.view.state.epoch_record(epoch).ok_or(Verdict::OldEpoch)?;
-                let storing = record.members.values().map(|m| &m.member).filter(|m| !m.is_gateway());
-                let mut others = storing.filter(|member| member.id != self.node);
-                if !state.recovering || others.all(|member| state.heard.contains(&member.id)) {
+                if !state.recovering || has_heard_all(&state, self.node) {
                     return Ok(());
                 }
             }
@@ -518,7 +520,8 @@ impl Holder {
         if state.view.epoch() != epoch {
             return true;
         }
-        if state.dropped.contains(&oid) || !self.submit_deferred(&mut state, oid) {
+        let is_waited_for = state.parked.contains_key(&oid) && !is_epoch_known(&state, self.node, oid);
+        if is_waited_for || state.dropped.contains(&oid) || !self.submit_deferred(&mut state, oid) {
             return false;
         }
         if durably
@@ -545,7 +548,7 @@ impl Holder {
     }
 
     /// Submits the deferred writes of an object. Only the last of them carries the current epoch into the object's
-    /// version (invariant 4). False if there is no space.
+    /// version (invariant 6). False if there is no space.
     fn submit_deferred(&self, state: &mut State, oid: Oid) -> bool {
         let Some(mut parked) = state.parked.remove(&oid) else { return true };
         let mut left = parked.iter().take_while(|parked| parked.answer.is_none()).count();
@@ -841,6 +844,9 @@ impl Holder {
         if !state.recovering || !state.deferring || doubtful || !is_plain(request) {
             return false;
         }
+        if !is_epoch_known(state, self.node, oid) {
+            return false;
+        }
         if state.deferred_bytes + bytes > DEFERRED_BYTES_MAX {
             return false;
         }
@@ -858,7 +864,7 @@ impl Holder {
     }
 
     fn waits_for(&self, state: &State, request: &PeerRequest) -> Option<Oid> {
-        if !is_current(state, self.node, request.oid) {
+        if !is_current(state, self.node, request.oid) || !is_epoch_known(state, self.node, request.oid) {
             return Some(request.oid);
         }
         let copies = request.has(FLAG_COPY) && !is_current(state, self.node, request.source);
@@ -1133,6 +1139,30 @@ fn is_current(state: &State, node: NodeId, oid: Oid) -> bool {
     }
     let previous = Epoch(state.view.epoch().get() - 1);
     state.view.locate(oid).is_some_and(|at| state.view.history.held(node, previous, at.key, at.copies))
+}
+
+/// Whether all who held an object before this epoch, and do not hold it now, know of it, so that nobody is shown their copies
+/// any more: before that no write may end that they do not take part in. Who is no member any more has a closed fence (`peer`).
+fn is_epoch_known(state: &State, node: NodeId, oid: Oid) -> bool {
+    if !state.recovering || state.heard_all {
+        return true;
+    }
+    let Some(at) = state.view.locate(oid) else { return true };
+    let holders = state.view.holders(&at);
+    let knows = |former: &NodeId| *former == node || holders.contains(former) || state.heard.contains(former);
+    let is_known = state.view.history.witnesses(at.key, at.copies).iter().all(knows);
+    if !is_known {
+        marks::hit(Mark::WriteWaitsForEpoch);
+    }
+    is_known
+}
+
+/// Whether all other members that store something have said that they are in this epoch.
+fn has_heard_all(state: &State, node: NodeId) -> bool {
+    // Of the epoch: after an orderly stop the members come back one by one.
+    let Some(record) = state.view.state.epoch_record(state.view.epoch()) else { return false };
+    let storing = record.members.values().map(|m| &m.member).filter(|m| !m.is_gateway());
+    storing.filter(|member| member.id != node).all(|member| state.heard.contains(&member.id))
 }
 
 /// Whether the reader of a map takes its VDI for what it is no longer.

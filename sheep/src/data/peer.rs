@@ -2,6 +2,9 @@
 //!
 //! Write path 4 of 6; next: store/submit.rs. Requests of one connection are looked at in the order they came, so the
 //! writes of an object reach the store in stamp order; answers leave as they are ready.
+//!
+//! A gateway that has not heard yet that this node left, or was taken out, still asks it, and its own fence is open. So what is
+//! shown to a gateway's clients passes this node's fence as well.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -79,7 +82,7 @@ async fn serve(data: Data, connection: Connection) -> std::io::Result<()> {
             }
             (PeerKind::Read, Some(holder)) if request.length as usize <= PAYLOAD_BYTES_MAX => {
                 match holder.read_now(&request) {
-                    Some(Ok(bytes)) => {
+                    Some(Ok(bytes)) if data.cluster().fence().is_open() => {
                         counted.answered(bytes.len());
                         drop(counted);
                         answer_from(holder, &sender, PeerAnswer::new(request.id, Verdict::Ok, request.epoch), bytes);
@@ -243,6 +246,14 @@ async fn handle(data: &Data, request: &PeerRequest) -> (PeerAnswer, Bytes) {
         PeerKind::Hello | PeerKind::Write | PeerKind::Remove | PeerKind::Settled | PeerKind::YieldLease => {
             Err(Verdict::Invalid)
         }
+    };
+    // Looked at after the copy was: then nobody can have gone on without this node before.
+    let is_told_to_clients = matches!(request.kind, PeerKind::Read | PeerKind::Extents | PeerKind::Fate);
+    let result = if is_told_to_clients && !data.cluster().fence().is_open() {
+        marks::hit(Mark::HolderFenced);
+        Err(Verdict::NotCurrent)
+    } else {
+        result
     };
     match result {
         Ok(payload) => (header, payload),

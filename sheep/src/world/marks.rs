@@ -18,6 +18,10 @@ macro_rules! marks {
 marks! {
     /// A write was refused because the lease is somebody else's by now.
     WriteFenced,
+    /// A node that is out, or leaves, was asked for its copy by one that had not heard of that.
+    HolderFenced,
+    /// A write waits because a member that held its object before may not have heard of the epoch.
+    WriteWaitsForEpoch,
     /// A write that lost its lease had been done.
     LostWriteWasDone,
     /// A write that lost its lease had not been done, and was sent again.

@@ -649,7 +649,6 @@ impl Driver for Quorum {
     fn leave(&self) -> DriverFuture<'_, ()> {
         Box::pin(async move {
             self.inner.leaving.store(true, Ordering::Release);
-            self.inner.fence.shut();
             self.say_goodbye().await;
         })
     }
