@@ -319,6 +319,7 @@ impl Holder {
         if view.state.cluster_id != state.view.state.cluster_id {
             state.suspects.clear();
             state.unsure.clear();
+            state.completed = BTreeSet::from([self.store.clean_through()]);
         }
         if in_since.is_none_or(|since| since > previous) {
             // What others wrote and removed while this process was out, it has not seen.
