@@ -223,6 +223,52 @@ pub fn stops_in_turn(random: &mut Random, count: usize, length_ms: u64, stops: S
     schedule
 }
 
+/// Blackouts, by time since the beginning of the load: each while what is written is on its way to most machines. When they are
+/// back their disks are slow, and one dies for long: what it had alone it has shown to somebody, perhaps, before another had it.
+pub fn deaths_on_return(random: &mut Random, count: usize, length_ms: u64) -> Vec<(u64, Fault)> {
+    let mut schedule = Vec::new();
+    let mut at = random.below(length_ms / 4);
+    while at < length_ms {
+        let latency_min_ms = 20 + random.below(180);
+        let late = Link { latency_min_ms, latency_max_ms: 2 * latency_min_ms, ..Link::default() };
+        let (blackout, back) = (at + 200 + random.below(600), 1 + random.below(500));
+        schedule.extend((0..count).map(|host| (at, Fault::Slow(host, late, blackout - at))));
+        schedule.push((blackout, Fault::PowerOffAll(back)));
+        let (slow, max_ms) = (blackout + back + random.below(1500), 50 + random.below(500));
+        schedule.extend((0..count).map(|host| (slow, Fault::SlowDisk(host, max_ms))));
+        let (host, soon) = (random.below(count as u64) as usize, blackout + back + random.below(4000));
+        let away = 4000 + random.below(6000);
+        schedule.push((soon, if random.one_in(4) { Fault::PowerOff(host, away) } else { Fault::Kill(host, away) }));
+        schedule.extend((0..count).map(|host| (soon + 1500, Fault::SlowDisk(host, 1))));
+        at = blackout + 7000 + random.below(6000);
+    }
+    schedule.retain(|(at, _)| *at < length_ms);
+    schedule.sort_by_key(|(at, _)| *at);
+    schedule
+}
+
+/// Orderly stops of all, one after the other, by time since the beginning of the load: writers lose their right in the middle of
+/// writes that reach one machine late, and have it again at once.
+pub fn quick_stops(random: &mut Random, count: usize, length_ms: u64) -> Vec<(u64, Fault)> {
+    let mut schedule = Vec::new();
+    let mut at = random.below(2000);
+    while at < length_ms {
+        let latency_min_ms = 5 + random.below(100);
+        let late = Link { latency_min_ms, latency_max_ms: 2 * latency_min_ms, ..Link::default() };
+        let (slow, back) = (random.below(count as u64) as usize, 1 + random.below(600));
+        schedule.push((at, Fault::Slow(slow, late, 500 + back + random.below(3000))));
+        at += 50 + random.below(400);
+        schedule.push((at, Fault::ShutDown(back)));
+        if random.one_in(2) {
+            let (host, soon) = (random.below(count as u64) as usize, at + back + random.below(1000));
+            schedule.push((soon, Fault::DieAfterSends(host, random.below(300), random.one_in(2))));
+        }
+        at += back + 1000 + random.below(3000);
+    }
+    schedule.retain(|(at, _)| *at < length_ms);
+    schedule
+}
+
 /// Which faults a run may have.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub struct Kinds {

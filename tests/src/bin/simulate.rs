@@ -38,6 +38,9 @@ struct Options {
     /// With this bug planted. Needs `--features planted-bugs`.
     #[arg(long)]
     plant: Option<String>,
+    /// Only seeds that have more of this than others; the others are counted all the same.
+    #[arg(long, conflicts_with = "seed")]
+    only: Option<trial::Emphasis>,
     /// With --seed: leaves these faults out, by their place in the schedule.
     #[arg(long, value_delimiter = ',')]
     without: Vec<usize>,
@@ -191,6 +194,11 @@ fn many(options: &Options) -> Result<usize> {
     let mut marks = Marks::default();
     while done < count {
         while next < from + count && (running.len() as u64) < jobs {
+            if !is_wanted(next, options) {
+                next += 1;
+                done += 1;
+                continue;
+            }
             let child = Command::new(&program)
                 .args(["--seed", &next.to_string(), "--brief"])
                 .args(options.plain.then_some("--plain"))
@@ -242,6 +250,11 @@ fn many(options: &Options) -> Result<usize> {
     );
     println!("{done} seeds, {bad} violations");
     Ok(bad)
+}
+
+/// Whether a seed is to be run.
+fn is_wanted(seed: u64, options: &Options) -> bool {
+    options.only.is_none_or(|only| trial::Plan::draw(seed).emphasis == only)
 }
 
 /// How often rare branches were taken, over all seeds: how often in all, and in how many seeds.
@@ -360,7 +373,8 @@ fn self_test(options: &Options) -> Result<usize> {
         let mut kinds = std::collections::BTreeSet::new();
         for trial in 0..TRIALS {
             let first = options.from + trial * count;
-            if let Some((seeds, kind)) = first_to_find(&name, first, count, options.jobs.max(1))? {
+            if let Some((seeds, kind)) = first_to_find(&name, first, count, options)? {
+                println!("{name}: seed {}, after {seeds}: {kind}", first + seeds - 1);
                 taken.push(seeds);
                 kinds.insert(kind);
             }
@@ -375,9 +389,9 @@ fn self_test(options: &Options) -> Result<usize> {
 }
 
 /// How many seeds from `first` on it takes to find a planted bug, and by what; nothing if it takes more than `count`.
-fn first_to_find(bug: &str, first: u64, count: u64, jobs: u64) -> Result<Option<(u64, String)>> {
-    for batch in (first..first + count).step_by(jobs as usize) {
-        let seeds: Vec<u64> = (batch..(batch + jobs).min(first + count)).collect();
+fn first_to_find(bug: &str, first: u64, count: u64, options: &Options) -> Result<Option<(u64, String)>> {
+    let wanted: Vec<u64> = (first..first + count).filter(|seed| is_wanted(*seed, options)).collect();
+    for seeds in wanted.chunks(options.jobs.max(1) as usize) {
         let found: Vec<Result<Option<String>>> = std::thread::scope(|scope| {
             let run = |seed: &u64| ["--seed".to_owned(), seed.to_string(), "--plant".to_owned(), bug.to_owned()];
             let threads: Vec<_> = seeds.iter().map(|seed| scope.spawn(move || broken(&run(seed)))).collect();

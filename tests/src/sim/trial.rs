@@ -14,7 +14,9 @@ use super::inventory::Places;
 use super::lazy_guest;
 use super::net::{Link, SimNet};
 use super::volume_guest::VolumeGuest;
-use crate::faults::{Changes, Fault, Kinds, Stops, deaths_in_turn, pauses, stops_in_turn};
+use crate::faults::{
+    Changes, Fault, Kinds, Stops, deaths_in_turn, deaths_on_return, pauses, quick_stops, stops_in_turn,
+};
 use crate::invariants::one_history::Epochs;
 use crate::invariants::{
     copies_agree, flushed_kept, healed_when_calm, nothing_foreign, nothing_orphaned, one_disk, outage, space_honest,
@@ -35,10 +37,12 @@ const LAZY_BLOCKS: u32 = 6;
 const SHAKEN_FOR: Duration = Duration::from_secs(1);
 /// Seeds from this one on may have an [`Emphasis`]. Those below it stay the histories that they were: tests name some.
 pub const EMPHASIS_FROM: u64 = 1 << 31;
+/// Seeds from this one on may have any [`Emphasis`].
+pub const ANY_EMPHASIS_FROM: u64 = 3 << 30;
 const FOUNDED_WITHIN: Duration = Duration::from_mins(1);
 
 /// What a run has more of than others, so that what is rare elsewhere is not rare in it.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, clap::ValueEnum)]
 pub enum Emphasis {
     /// Everything alike.
     None,
@@ -46,6 +50,10 @@ pub enum Emphasis {
     Blocks,
     /// Volumes and snapshots, also with writes beside them.
     Volumes,
+    /// Many guests on few blocks, and machines that die as soon as they are back from a blackout.
+    Returns,
+    /// The same, and orderly stops of all.
+    Stops,
 }
 
 /// Everything that a run is, besides its seed.
@@ -144,14 +152,12 @@ impl Plan {
     /// With a half of the seeds.
     fn emphasize(&mut self, keeps_disks: bool) {
         let mut random = Random::new(self.seed ^ 0x656d_7068);
-        match random.below(4) {
+        let machines = self.shape.machines;
+        let kinds = if self.seed < ANY_EMPHASIS_FROM { 4 } else { 6 };
+        match random.below(kinds) {
             0 if keeps_disks => {
                 self.emphasis = Emphasis::Blocks;
-                self.guests = 4 + random.below(5) as u32;
-                self.blocks = 1 + random.below(3) as u32;
-                self.write_percent = 30 + random.below(40);
-                self.rest_ms = random.below(8);
-                let machines = self.shape.machines;
+                self.crowd(&mut random);
                 self.faults.extend(stops_in_turn(&mut random, machines, self.load_ms, Stops::Any));
                 if random.one_in(2) {
                     self.faults.extend(deaths_in_turn(&mut random, machines, self.load_ms));
@@ -161,7 +167,6 @@ impl Plan {
                     let (at, host) = (random.below(self.load_ms), random.below(machines as u64) as usize);
                     self.faults.push((at, Fault::DieAfterOperations(host, random.below(60), true)));
                 }
-                self.faults.sort_by_key(|(at, _)| *at);
             }
             1 => {
                 self.emphasis = Emphasis::Volumes;
@@ -170,8 +175,28 @@ impl Plan {
                 self.rest_ms = random.below(8);
                 self.writes_beside = true;
             }
+            4 if keeps_disks => {
+                self.emphasis = Emphasis::Returns;
+                self.crowd(&mut random);
+                // What else goes wrong keeps the others from what these are for.
+                self.faults = deaths_on_return(&mut random, machines, self.load_ms);
+            }
+            5 if keeps_disks => {
+                self.emphasis = Emphasis::Stops;
+                self.crowd(&mut random);
+                self.faults = quick_stops(&mut random, machines, self.load_ms);
+            }
             _ => {}
         }
+        self.faults.sort_by_key(|(at, _)| *at);
+    }
+
+    /// Many guests on few blocks.
+    fn crowd(&mut self, random: &mut Random) {
+        self.guests = 4 + random.below(5) as u32;
+        self.blocks = 1 + random.below(3) as u32;
+        self.write_percent = 30 + random.below(40);
+        self.rest_ms = random.below(8);
     }
 
     /// Only where the design promises that the others can go on: every object has one copy elsewhere, of three one more, and a
