@@ -454,6 +454,53 @@ fn case_13_a_bad_sector_stops_the_store_once_and_no_start() {
 }
 
 #[test]
+fn case_13_a_bad_header_sector_stops_the_store_once_and_no_later_write() {
+    run(async {
+        let disk = SimDisk::new(1);
+        let store = open(&disk).await;
+        create(&store, 1, 1, &[1; 100_000]).await;
+        store.close().await.unwrap();
+        disk.lose_page(&object_path(1), 0);
+        let store = open(&disk).await;
+        overwrite(&store, 1, 2, 5 * 4096 + 100, &[9; 10]).await;
+        assert!(matches!(store.checkpoint().await, Err(StoreError::Failed { .. })));
+        disk.kill();
+        for version in 3..5 {
+            let store = open(&disk).await;
+            let mut expected = vec![1; 100_000];
+            expected[5 * 4096 + 100..5 * 4096 + 110].fill(9);
+            expected[10_000..10_000 + version as usize - 3].fill(7);
+            assert_eq!(start_of(&store, 1, 100_000).await, expected);
+            overwrite(&store, 1, version, 10_000, &vec![7; version as usize - 2]).await;
+            store.checkpoint().await.unwrap();
+            disk.kill();
+        }
+    });
+}
+
+#[test]
+fn case_13_an_installed_file_that_cannot_be_opened_stops_no_start() {
+    run(async {
+        let disk = SimDisk::new(1);
+        let store = open(&disk).await;
+        let staged = store.stage(oid(1), 50_000).await.unwrap();
+        staged.write(vec![(0, Bytes::from(vec![3; 50_000]))]).await.unwrap();
+        staged.install(version(5)).await.unwrap();
+        create(&store, 2, 1, &[2; 50_000]).await;
+        // So that it is in place.
+        assert_eq!(start_of(&store, 1, 50_000).await, vec![3; 50_000]);
+        disk.kill();
+        disk.fail_medium(&object_path(1).display().to_string(), 0, 1);
+        let store = open(&disk).await;
+        assert_eq!(start_of(&store, 2, 50_000).await, vec![2; 50_000]);
+        store.checkpoint().await.unwrap();
+        disk.heal();
+        assert!(matches!(store.read(oid(1), 0, 4096).await, Err(ReadError::Corrupt { .. })));
+        store.close().await.unwrap();
+    });
+}
+
+#[test]
 fn case_14_damaged_small_files_and_index_entries_are_named() {
     run(async {
         for (name, bit) in [("superblock", 90), ("journal", 100), ("state", 130), ("index.redb", 0)] {

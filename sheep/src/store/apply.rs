@@ -18,7 +18,7 @@ use super::object_file::{Base, Header, ObjectFile};
 use super::record::{Kind, Record};
 use super::state::{Committed, Inner, Shared};
 use super::submit::footprint_bytes;
-use crate::world::disk::{Files, is_unreadable};
+use crate::world::disk::{Files, OpenMode, is_unreadable};
 
 /// What the apply job does next.
 pub enum Next {
@@ -186,17 +186,32 @@ impl Shared {
         Ok(())
     }
 
-    /// Writes to a file whose header cannot be read now. If it can be later, this write must be there.
+    /// Writes to a file whose header cannot be read now. If it can be later, this write must be there; if it never can, the
+    /// next write to the object would end the node, so it is written anew.
     fn overwrite_headless(&self, files: &dyn Files, record: &Record) -> io::Result<()> {
         let path = self.layout.object(record.disk, record.oid);
-        match ObjectFile::open_headless(files, &path, record.size_bytes) {
-            Ok(Some(object)) => {
-                tracing::error!("object {:016x}: its file cannot be read; recovery will replace it", record.oid);
-                object.write(record.offset, &record.data, Base::Replayed)?;
-                object.sync()
+        let written = ObjectFile::open_headless(files, &path, record.size_bytes).and_then(|object| {
+            let Some(object) = object else { return Ok(false) };
+            object.set_header(&header_of(record))?;
+            object.write(record.offset, &record.data, Base::Replayed)?;
+            object.sync().map(|()| true)
+        });
+        match written {
+            Ok(true) => {
+                tracing::error!("object {:016x}: the header of its file could not be read: written anew", record.oid);
+                Ok(())
             }
             Err(error) if !is_unreadable(&error) => Err(error),
-            Ok(None) | Err(_) => self.lose(files, record, "its file"),
+            Ok(false) | Err(_) => self.lose(files, record, "its file"),
+        }
+    }
+
+    /// Looks whether a file that was put in place before a crash can be opened: every checkpoint would fail at it.
+    pub fn check_installed(&self, files: &dyn Files, record: &Record) -> io::Result<()> {
+        match files.open(&self.layout.object(record.disk, record.oid), OpenMode::Write) {
+            Err(error) if is_unreadable(&error) => self.lose(files, record, "its file"),
+            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+            Ok(_) | Err(_) => Ok(()),
         }
     }
 
@@ -234,9 +249,12 @@ impl Shared {
         tracing::error!("object {:016x}: {what} is missing or damaged; recovery will replace it", record.oid);
         self.forget_handle(record.oid);
         match files.remove_file(&self.layout.object(record.disk, record.oid)) {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
-            other => other,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            other => other?,
         }
+        // The next checkpoint makes the removal durable: until then the record is replayed.
+        self.lock().renamed.insert(record.disk);
+        Ok(())
     }
 
     fn put_in_place(&self, files: &dyn Files, record: &Record, making: &Path, object: ObjectFile) -> io::Result<()> {

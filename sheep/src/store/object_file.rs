@@ -437,7 +437,7 @@ impl ObjectFile {
         Ok(piece.tags[block % PIECE_ENTRIES].load(Ordering::Relaxed) == 0)
     }
 
-    /// Replaces the header of a file that is being made.
+    /// Replaces the header of a file that is being made, or has lost it.
     pub fn set_header(&self, header: &Header) -> io::Result<()> {
         assert_eq!(header.size_bytes, self.geometry.size_bytes, "a header describes its file");
         self.file.write_at(&[io::IoSlice::new(&header.encode())], 0)

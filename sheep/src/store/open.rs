@@ -490,9 +490,11 @@ impl Shared {
             (inner.entries.get(record.oid), inner.submitted + 1)
         };
         let known = record.kind != Kind::Overwrite || before.is_some();
+        let path = self.layout.object(record.disk, record.oid);
         if known && !in_place {
-            let path = self.layout.object(record.disk, record.oid);
             at(&path, "replay the journal", self.apply_record(files, &record, Base::Replayed))?;
+        } else if in_place && record.kind == Kind::Install {
+            at(&path, "replay the journal", self.check_installed(files, &record))?;
         }
         let mut inner = self.lock();
         let result = record.outcome(before);

@@ -79,6 +79,8 @@ struct Inode {
     durable: HashMap<u64, Page>,
     /// What unsynced pages held since the last sync, oldest first; `None` is a hole.
     unsynced: BTreeMap<u64, Vec<Option<Page>>>,
+    /// Pages that cannot be read until they are written as a whole.
+    unreadable: BTreeSet<u64>,
 }
 
 /// Names that changed together.
@@ -228,6 +230,14 @@ impl SimDisk {
         let error = || io::Error::from_raw_os_error(EIO);
         let fault = Fault { path_part: path_part.to_string(), operation: Operation::Read, error, skip, count };
         self.lock().faults.push(fault);
+    }
+
+    /// Makes the page of a file that a byte lies in unreadable until it is written as a whole, as a device replaces a bad sector.
+    pub fn lose_page(&self, path: &Path, byte: u64) {
+        let mut state = self.lock();
+        let inode = state.inode_of(path).expect("the test damages a file that is there");
+        let inode = state.inodes.get_mut(&inode).expect("named inodes exist");
+        inode.unreadable.insert(byte / PAGE_BYTES as u64);
     }
 
     /// Takes back all of `fail` and `fail_medium`.
@@ -494,6 +504,11 @@ fn apply_names(names: &mut BTreeMap<PathBuf, Node>, changes: Vec<(PathBuf, Optio
 }
 
 impl Inode {
+    fn meets_bad_sector(&self, offset: u64, length: u64) -> bool {
+        let page = PAGE_BYTES as u64;
+        self.unreadable.range(offset / page..(offset + length).div_ceil(page)).next().is_some()
+    }
+
     fn read(&self, buffer: &mut [u8], offset: u64) -> usize {
         let count = self.length.saturating_sub(offset).min(buffer.len() as u64) as usize;
         let mut done = 0;
@@ -530,6 +545,9 @@ impl Inode {
             let inside = (at % PAGE_BYTES as u64) as usize;
             let step = (PAGE_BYTES - inside).min(bytes.len() - done);
             let part = &bytes[done..done + step];
+            if step == PAGE_BYTES {
+                self.unreadable.remove(&index);
+            }
             let page = if step == PAGE_BYTES && part == &zeros[..] {
                 zeros.clone()
             } else {
@@ -881,7 +899,11 @@ impl File for SimFile {
     fn read_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<usize> {
         self.check_aligned(buffer, offset)?;
         let state = self.looking()?;
-        Ok(state.inodes.get(&self.inode).map_or(0, |inode| inode.read(buffer, offset)))
+        let Some(inode) = state.inodes.get(&self.inode) else { return Ok(0) };
+        if inode.meets_bad_sector(offset, buffer.len() as u64) {
+            return Err(io::Error::from_raw_os_error(EIO));
+        }
+        Ok(inode.read(buffer, offset))
     }
 
     fn read_cached(&self, buffer: &mut [u8], offset: u64) -> io::Result<Option<usize>> {
