@@ -175,9 +175,11 @@ impl Stewardship {
         self.condemned.entry(node).or_insert(now);
     }
 
-    /// The leader itself need not go: it was not evicted yet, and who leads knows that it was not.
+    /// The leader itself need not go if nobody misses a link with it any more, as [`Stewardship::judge_links`] has just found: it
+    /// was not evicted yet, and who leads knows that it was not.
     fn pardon(&mut self, leader: NodeId) {
-        if self.condemned.remove(&leader).is_some() {
+        let is_whole = !self.broken.keys().any(|(one, other)| *one == leader || *other == leader);
+        if is_whole && self.condemned.remove(&leader).is_some() {
             tracing::info!("this node reaches every member again: it stays");
         }
     }
@@ -241,11 +243,13 @@ impl Stewardship {
         note(leader, own_down);
         let previous = std::mem::take(&mut self.broken);
         self.broken = broken.iter().map(|pair| (*pair, previous.get(pair).copied().unwrap_or(now))).collect();
+        // A link of one that goes anyway, or that is out, is nobody else's fault.
+        let stays = |node: NodeId| state.members.contains_key(&node) && !self.condemned.contains_key(&node);
         let lasting: Vec<(NodeId, NodeId)> = self
             .broken
             .iter()
-            .filter(|(_, since)| now.saturating_sub(**since) > BROKEN_LINK)
-            .map(|(p, _)| *p)
+            .filter(|((one, other), since)| now.saturating_sub(**since) > BROKEN_LINK && stays(*one) && stays(*other))
+            .map(|(pair, _)| *pair)
             .collect();
         let (one, other) = *lasting.first()?;
         let degree = |node: NodeId| lasting.iter().filter(|(a, b)| *a == node || *b == node).count();
@@ -291,10 +295,10 @@ impl Quorum {
         let state = self.state();
         let now = self.now();
         let own = (self.inner.node, self.inner.boot);
-        let restarted = state.members.get(&own.0).is_none_or(|member| member.member.boot != own.1);
         if state.phase == Phase::Shutdown {
-            // Who goes first is not gone: all of them are stopping.
-            if restarted {
+            // Who goes first is not gone: all of them are stopping. A process that was in has heard so too, even if it had to
+            // leave meanwhile; one that never was comes after the stop.
+            if !lock(&self.inner.position).joined {
                 self.steward(Command::Restart).await;
             }
             return;
@@ -321,16 +325,16 @@ impl Quorum {
             return;
         }
         let down: Vec<NodeId> = self.mesh().links().iter().filter(|link| !link.up).map(|link| link.node).collect();
-        if !is_banned(&state, own.0) && !down.iter().any(|node| state.members.contains_key(node)) {
-            lock(&self.inner.stewardship).pardon(own.0);
+        let mut stewardship = lock(&self.inner.stewardship);
+        let loser = stewardship.judge_links(&state, own.0, &down, now);
+        if !is_banned(&state, own.0) {
+            stewardship.pardon(own.0);
         }
-        let loser = lock(&self.inner.stewardship).judge_links(&state, own.0, &down, now);
-        if let Some(node) = loser {
-            let mut stewardship = lock(&self.inner.stewardship);
-            if stewardship.counts(node) {
-                tracing::warn!("node {node} does not reach every member: it has to leave until it does");
-                stewardship.condemn(node, now);
-            }
+        if let Some(node) = loser
+            && stewardship.counts(node)
+        {
+            tracing::warn!("node {node} does not reach every member: it has to leave until it does");
+            stewardship.condemn(node, now);
         }
     }
 
@@ -583,11 +587,49 @@ mod tests {
         assert!(!stewardship.counts(OWN.0), "it serves nobody meanwhile");
         let mut healed = leader(1, 0);
         healed.condemn(OWN.0, at(3100));
+        for time in [0, 3000] {
+            hear(&mut healed, time, 2);
+            hear(&mut healed, time, 3);
+        }
+        assert_eq!(healed.judge_links(&state, OWN.0, &[NodeId(3)], at(3100)), None);
+        hear(&mut healed, 6000, 3);
+        let down = [NodeId(3)];
+        assert_eq!(healed.judge_links(&state, OWN.0, &down, at(6300)), None, "nobody else has to go for its links");
+        healed.pardon(OWN.0);
+        assert!(!healed.counts(OWN.0), "one is missing still");
+        assert_eq!(healed.judge_links(&state, OWN.0, &[], at(6400)), None);
         healed.pardon(OWN.0);
         for (stewardship, expected) in [(&mut stewardship, vec![OWN.0]), (&mut healed, Vec::new())] {
             hear(stewardship, 6000, 2);
             hear(stewardship, 6000, 3);
             assert_eq!(stewardship.gone(&state, OWN, at(6100)), expected);
+        }
+    }
+
+    #[test]
+    fn a_leader_is_not_pardoned_while_others_do_not_reach_it() {
+        let state = state(3);
+        let mut stewardship = leader(1, 0);
+        stewardship.condemn(OWN.0, at(0));
+        stewardship.heard(reign(1), at(100), &ping(2, 12, &[1]), true);
+        hear(&mut stewardship, 100, 3);
+        // Its own links are all up; condemned again by what 2 says, it would never go, nor serve.
+        assert_eq!(stewardship.judge_links(&state, OWN.0, &[], at(200)), None);
+        stewardship.pardon(OWN.0);
+        assert!(!stewardship.counts(OWN.0));
+        assert_eq!(stewardship.gone(&state, OWN, at(3000)), [OWN.0]);
+    }
+
+    #[test]
+    fn the_links_of_a_leader_that_is_out_are_nobodys_fault() {
+        let mut state = state(3);
+        state.members.remove(&OWN.0);
+        let mut stewardship = leader(1, 0);
+        for time in [0, 3100] {
+            hear(&mut stewardship, time, 2);
+            hear(&mut stewardship, time, 3);
+            // Links heal one by one.
+            assert_eq!(stewardship.judge_links(&state, OWN.0, &[NodeId(3)], at(time)), None);
         }
     }
 
