@@ -252,11 +252,13 @@ impl History {
         first.is_some_and(|at| at.record.members.contains_key(&node))
     }
 
-    /// Current members that held the object in any epoch since the clean one: whoever may have something to say.
+    /// Current members that held the object in any epoch since the clean one: whoever may have something to say. Who serves as
+    /// a gateway now looks at none of its copies.
     pub fn witnesses(&self, key: PlacementKey, copies: Copies) -> BTreeSet<NodeId> {
         let Some(last) = self.epochs.last() else { return BTreeSet::new() };
         let everyone = self.epochs.iter().flat_map(|at| at.holders(key, copies).to_vec());
-        everyone.filter(|node| last.record.members.contains_key(node)).collect()
+        let has_a_store = |node: &NodeId| last.record.members.get(node).is_some_and(|m| !m.member.is_gateway());
+        everyone.filter(has_a_store).collect()
     }
 
     /// The earliest epoch in which an object with at least `copies_min` copies may have been only on nodes that are not here

@@ -40,6 +40,10 @@ impl Story {
     }
 
     fn joins_as(&mut self, node: u64, boot: u64) {
+        self.joins_with(node, boot, 100);
+    }
+
+    fn joins_with(&mut self, node: u64, boot: u64, weight: u64) {
         let member = Member {
             id: NodeId(node),
             address: [0; 16],
@@ -47,7 +51,7 @@ impl Story {
             peer_endpoint: String::new(),
             boot,
             zone: node as u32,
-            weight: 100,
+            weight,
             level: Level::OURS,
         };
         self.state.apply(&Command::Join { member, time: 0 });
@@ -518,4 +522,14 @@ fn a_holder_too_many_says_nothing_of_the_epochs_in_which_it_was_none() {
     let history = History::of(&story.state, None);
     assert_eq!(history.decide(key(), copies, &answers), newest(stamp(1, 9), &[owner]));
     assert_eq!(history.decide(key(), copies, &answers[1..]), Decision::Unheard(Epoch(2)));
+}
+
+#[test]
+fn a_holder_that_serves_as_a_gateway_now_is_asked_nothing() {
+    let mut story = Story::begin();
+    story.ends_clean();
+    story.dies(B);
+    story.joins_with(B, 1, 0);
+    let witnesses = History::of(&story.state, None).witnesses(key(), COPIES);
+    assert_eq!(witnesses.into_iter().collect::<Vec<_>>(), [NodeId(A), NodeId(C)]);
 }

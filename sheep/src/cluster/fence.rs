@@ -82,6 +82,12 @@ impl Fence {
         Epoch(self.since.load(Ordering::Acquire))
     }
 
+    /// Whether what this node knows as of `epoch` may be told now.
+    pub fn lets_out(&self, epoch: Epoch) -> bool {
+        // In this order: whoever comes in again says since when before the fence opens.
+        self.is_open() && epoch >= self.since()
+    }
+
     /// This process is a member since `epoch`.
     pub fn came_in(&self, epoch: Epoch) {
         let before = self.since.fetch_max(epoch.get(), Ordering::AcqRel);

@@ -359,7 +359,6 @@ impl Holder {
         // A node that has just come in knows of no lost writer yet.
         state.deferring = state.continued;
         state.heard.clear();
-        state.heard_all = false;
         state.dropped.clear();
         state.deferred_bytes = 0;
         // Everybody in the new epoch begins with that clean one, or a later one.
@@ -367,6 +366,8 @@ impl Holder {
         state.met.retain(|epoch, _| *epoch > clean);
         state.completed.retain(|epoch| *epoch >= clean);
         state.view = view;
+        // Whoever is alone has nobody to hear.
+        state.heard_all = has_heard_all(&state, self.node);
         self.changed.notify_waiters();
         true
     }
@@ -779,6 +780,8 @@ impl Holder {
             return false;
         }
         state.recovering = false;
+        let clean = state.view.state.clean;
+        state.completed.retain(|epoch| *epoch >= clean);
         state.completed.insert(epoch);
         // With its room: it had every object here, and may not be wanted again for months.
         state.confirmed = HashSet::new();

@@ -82,7 +82,7 @@ async fn serve(data: Data, connection: Connection) -> std::io::Result<()> {
             }
             (PeerKind::Read, Some(holder)) if request.length as usize <= PAYLOAD_BYTES_MAX => {
                 match holder.read_now(&request) {
-                    Some(Ok(bytes)) if data.cluster().fence().is_open() => {
+                    Some(Ok(bytes)) if data.cluster().fence().lets_out(request.epoch) => {
                         counted.answered(bytes.len());
                         drop(counted);
                         answer_from(holder, &sender, PeerAnswer::new(request.id, Verdict::Ok, request.epoch), bytes);
@@ -228,7 +228,10 @@ async fn handle(data: &Data, request: &PeerRequest) -> (PeerAnswer, Bytes) {
         header.version = entry.version;
         header.object_bytes = entry.size_bytes;
     }
+    let is_told_to_clients = matches!(request.kind, PeerKind::Read | PeerKind::Extents | PeerKind::Fate);
+    let may_be_told = || !is_told_to_clients || data.cluster().fence().lets_out(request.epoch);
     let result = match request.kind {
+        _ if !may_be_told() => Err(Verdict::NotCurrent),
         PeerKind::Read => read(data, holder, request).await,
         PeerKind::Fetch => fetch(holder, request, &mut header).await,
         PeerKind::Query => query(holder, request),
@@ -247,9 +250,8 @@ async fn handle(data: &Data, request: &PeerRequest) -> (PeerAnswer, Bytes) {
             Err(Verdict::Invalid)
         }
     };
-    // Looked at after the copy was: then nobody can have gone on without this node before.
-    let is_told_to_clients = matches!(request.kind, PeerKind::Read | PeerKind::Extents | PeerKind::Fate);
-    let result = if is_told_to_clients && !data.cluster().fence().is_open() {
+    // Looked at after the copy was as well: then nobody can have gone on without this node before.
+    let result = if !may_be_told() {
         marks::hit(Mark::HolderFenced);
         Err(Verdict::NotCurrent)
     } else {

@@ -129,7 +129,10 @@ pub async fn read(data: &Data, oid: Oid, offset: u64, length: usize) -> Result<B
                     continue;
                 }
             }
-            Round::Again => {}
+            Round::Again => {
+                // Without the quorum the others have it no more than this node: asking them on and on helps nobody.
+                data.cluster().fence().pass().await;
+            }
             Round::Failed => {
                 failures += 1;
                 if failures == ROUNDS_MAX {
@@ -160,7 +163,8 @@ async fn mend(data: &Data, view: &View, oid: Oid, holders: &[NodeId]) {
 
 /// The parts of an object that are not zeros, as ascending byte ranges, from the nearest holder that can tell.
 pub async fn extents(data: &Data, oid: Oid) -> Result<Vec<std::ops::Range<u64>>, ReadFailure> {
-    for _ in 0..ROUNDS_MAX {
+    let mut rounds = 0;
+    while rounds < ROUNDS_MAX {
         let view = data.view();
         let location = view.locate(oid).ok_or(ReadFailure::Missing)?;
         let mut request = request_for(data, &view, oid, 0, 0);
@@ -181,6 +185,10 @@ pub async fn extents(data: &Data, oid: Oid) -> Result<Vec<std::ops::Range<u64>>,
                 Err(Verdict::Missing) => return Err(ReadFailure::Missing),
                 Err(_) => {}
             }
+        }
+        // As in `read`: what nobody could say for want of the quorum they may say when it is back.
+        if !data.cluster().fence().pass().await {
+            rounds += 1;
         }
         data.wait_for_change(&view, RETRY_INTERVAL).await;
     }

@@ -171,7 +171,8 @@ async fn was_applied(data: &Data, oid: Oid, stamps: &[Stamp], lease: &Lease) -> 
 
 /// The same, for one of the stamps under which it was sent.
 async fn was_applied_as(data: &Data, oid: Oid, stamp: Stamp) -> Result<bool, WriteError> {
-    for _ in 0..FATE_ROUNDS {
+    let mut rounds = 0;
+    while rounds < FATE_ROUNDS {
         let view = data.view();
         if view.locate(oid).is_none() {
             return Ok(false);
@@ -203,7 +204,10 @@ async fn was_applied_as(data: &Data, oid: Oid, stamp: Stamp) -> Result<bool, Wri
         if fates.iter().all(|fate| *fate == Ok(Fate::Unknown)) {
             break;
         }
-        // Some are still being brought up to date.
+        // Some are still being brought up to date, or have lost the quorum, and this node with them.
+        if !data.cluster().fence().pass().await {
+            rounds += 1;
+        }
         data.wait_for_change(&view, FATE_INTERVAL).await;
     }
     tracing::error!("nobody knows any more whether a write to object {oid} was done before its lease was lost");
