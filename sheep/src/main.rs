@@ -123,8 +123,8 @@ fn serve(config: &Config, in_background: bool) -> anyhow::Result<()> {
             _ = interrupt.recv() => Stop::Asked,
         };
         let result = match stop {
-            Stop::Asked => {
-                node.stop().await;
+            Stop::Asked | Stop::WithAll => {
+                node.stop(matches!(stop, Stop::WithAll)).await;
                 Ok(())
             }
             Stop::ShutOut(reason) => {

@@ -14,6 +14,7 @@ use crate::cluster::discovery::Seed;
 use crate::cluster::quorum::{self, Quorum, QuorumConfig};
 use crate::cluster::{Cluster, local};
 use crate::config::{ClusterDriver, Config, NbdListen, default_zone, listen_addresses};
+use crate::data::client::Client;
 use crate::data::{Data, flush, gateway::lease_table, view_change};
 use crate::front::nbd::tls::Tls;
 use crate::front::nbd::{self, TlsPolicy};
@@ -38,6 +39,8 @@ const STOP_PATIENCE: std::time::Duration = std::time::Duration::from_secs(30);
 pub enum Stop {
     /// Somebody asked it to.
     Asked,
+    /// The whole cluster stops.
+    WithAll,
     /// Its disk failed; what the store said.
     StoreFailed(String),
     /// It may not be part of its cluster; why.
@@ -92,6 +95,7 @@ impl Node {
             restores: Arc::default(),
             locks: Arc::default(),
             connection: 0,
+            client: Client::default(),
         };
         for listener in clients {
             tokio::spawn(sheepdog::listen(front.clone(), listener, config.allowed.clone()));
@@ -134,7 +138,7 @@ impl Node {
         };
         tokio::select! {
             () = self.stop.notified() => Stop::Asked,
-            () = shut_down => Stop::Asked,
+            () = shut_down => Stop::WithAll,
             reason = failed => Stop::StoreFailed(reason),
             reason = shut_out => Stop::ShutOut(reason),
         }
@@ -157,10 +161,11 @@ impl Node {
         }
     }
 
-    /// Leaves: writes under way end, leases go back, everything is flushed, the others are told, the store is closed.
-    pub async fn stop(mut self) {
+    /// Leaves: writes under way end, leases go back, everything is flushed, the others are told, the store is closed. `with_all`
+    /// tells that it was the stop of the whole cluster that it heard of: the others may be back by now.
+    pub async fn stop(mut self, with_all: bool) {
         tracing::info!("shutdown");
-        let shutting_down = self.cluster.state().phase == Phase::Shutdown;
+        let shutting_down = with_all || self.cluster.state().phase == Phase::Shutdown;
         let orderly = async {
             for lease in self.data.leases().all() {
                 lease_table::give_back(&self.data, lease.vdi).await;

@@ -542,12 +542,17 @@ impl ClusterState {
         if epoch != self.epoch || !self.members.contains_key(&node) || !self.recovered.insert(node) {
             return Outcome::Refused(Refusal::NoEffect);
         }
-        let storing = self.members.values().filter(|m| !m.member.is_gateway());
-        if storing.clone().count() > 0 && storing.clone().all(|m| self.recovered.contains(&m.member.id)) {
+        if self.has_recovered() {
             self.clean = epoch;
             self.note_processes();
         }
         Outcome::Done
+    }
+
+    /// Whether all members that store something have said in this epoch that they have everything.
+    pub fn has_recovered(&self) -> bool {
+        let mut storing = self.members.values().filter(|m| !m.member.is_gateway()).peekable();
+        storing.peek().is_some() && storing.all(|m| self.recovered.contains(&m.member.id))
     }
 
     /// The processes of now have everything of this epoch, whichever it began with: it counts as theirs from here on.

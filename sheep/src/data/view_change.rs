@@ -94,7 +94,9 @@ async fn enter(data: &Data, state: Arc<ClusterState>) {
     reclaim::start_if_due(data, &view);
     let reclaimed = previous.state.to_reclaim.difference(&view.state.to_reclaim);
     data.note_reclaimed(reclaimed.filter_map(|vdi| VdiId::new(*vdi)));
-    if view.state.clean == view.epoch() && view.state.is_running() && previous.state.clean != view.state.clean {
+    // Once more after an orderly stop, when all have looked again.
+    let is_done = |state: &ClusterState| state.is_running() && state.clean == state.epoch && state.has_recovered();
+    if is_done(&view.state) && !(is_done(&previous.state) && previous.epoch() == view.epoch()) {
         tokio::spawn(sweep::run(data.clone(), view.epoch()));
     }
 }

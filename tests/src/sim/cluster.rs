@@ -155,8 +155,8 @@ async fn live(world: World, config: Config, terminate: Arc<Notify>, serves: Arc<
         () = terminate.notified() => Stop::Asked,
     };
     match stop {
-        Stop::Asked => {
-            node.stop().await;
+        Stop::Asked | Stop::WithAll => {
+            node.stop(matches!(stop, Stop::WithAll)).await;
             Ended::Stopped
         }
         Stop::ShutOut(reason) | Stop::StoreFailed(reason) => {
