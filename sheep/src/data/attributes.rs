@@ -6,6 +6,7 @@ use qemu_proto::oid::{Oid, VdiId};
 use sheep_core::vdi_name::Target;
 
 use super::Data;
+use super::client::Client;
 use super::gateway::write::{Base, ObjectWrite, write};
 use super::gateway::{ReadFailure, read};
 use super::volumes::{Found, VolumeError, lookup};
@@ -109,6 +110,7 @@ async fn put(data: &Data, space: VdiId, attribute_id: u32, record: &AttrRecord) 
         data: Bytes::from(record.encode()),
         base: Base::Zeros,
         durable: true,
+        client: Client::default(),
     };
     Ok(write(data, write_of).await?)
 }

@@ -21,6 +21,7 @@ use sheep_core::zeros::is_zero;
 use tokio::task::JoinSet;
 
 use super::Data;
+use super::client::Client;
 use super::gateway::write::{Base, ObjectWrite, write, write_under};
 use super::gateway::{ReadFailure, WriteError, lease_table, read};
 use crate::world::marks::{self, Mark};
@@ -57,7 +58,7 @@ pub enum InodeError {
 }
 
 /// How a client writes inodes, as far as it matters here.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub struct InodeWriter {
     /// A request of QEMU's driver on a connection of its own, not one of its data connection.
     pub qemu_synchronous: bool,
@@ -66,6 +67,15 @@ pub struct InodeWriter {
     /// Whether a clearing of a snapshot's map is refused. Clients with a stale idea of which VDI is the working one are told
     /// that it is done; whoever can follow the snapshot has to know.
     pub strict: bool,
+    /// Who asked for it.
+    pub client: Client,
+}
+
+impl InodeWriter {
+    /// Of a client that can follow snapshots.
+    pub fn of(client: &Client, durable: bool) -> InodeWriter {
+        InodeWriter { qemu_synchronous: false, durable, strict: true, client: client.clone() }
+    }
 }
 
 /// The header that clients see.
@@ -329,7 +339,8 @@ async fn write_map(data: &Data, id: VdiId, offset: u64, payload: Bytes, writer: 
         }
         // A map that names what is gone would be an error for ever: the map first, and durably.
         let durable = writer.durable || !dropped.is_empty();
-        match put_map(data, id, start, new, durable, lease.generation).await {
+        let entries = MapEntries { offset: start, bytes: new, durable, client: writer.client.clone() };
+        match put_map(data, id, entries, lease.generation).await {
             Err(InodeError::Write(WriteError::Fenced)) => continue,
             other => other?,
         }
@@ -360,8 +371,7 @@ fn refuse_snapshot(data: &Data, id: VdiId, passed_over: bool) -> Result<std::syn
 
 /// Removes an object that the map stopped naming under a lease generation, unless it was made anew under a later one.
 async fn drop_unmapped(data: &Data, id: VdiId, index: u32, generation: u32) -> Result<(), InodeError> {
-    let removal =
-        ObjectWrite { oid: Oid::data(id, index), offset: 0, data: Bytes::new(), base: Base::Removal, durable: true };
+    let removal = removal_of(Oid::data(id, index));
     let mut generation = generation;
     loop {
         match write_under(data, &removal, generation).await {
@@ -377,27 +387,31 @@ async fn drop_unmapped(data: &Data, id: VdiId, index: u32, generation: u32) -> R
 }
 
 /// Names an object in its VDI's map, durably, under the lease generation under which the object was made.
-pub async fn map_own(data: &Data, oid: Oid, generation: u32) -> Result<(), InodeError> {
+pub async fn map_own(data: &Data, oid: Oid, generation: u32, client: &Client) -> Result<(), InodeError> {
     let id = oid.vid();
     let turn = data.inode_turns().turn(Oid::inode(id));
     let _one_at_a_time = turn.lock().await;
     refuse_snapshot(data, id, false)?;
     let entry = Bytes::copy_from_slice(&id.get().to_le_bytes());
-    put_map(data, id, map_offset(oid.index()), entry, true, generation).await
+    let entries = MapEntries { offset: map_offset(oid.index()), bytes: entry, durable: true, client: client.clone() };
+    put_map(data, id, entries, generation).await
+}
+
+/// Entries of a map to be written.
+struct MapEntries {
+    /// Bytes into the inode.
+    offset: u64,
+    bytes: Bytes,
+    durable: bool,
+    client: Client,
 }
 
 /// Writes map bytes; makes the inode object if the VDI still has its parent's map. `Fenced` if the lease under which that
 /// was found out is over: then the object may have been made elsewhere, and must not be made again over it.
-async fn put_map(
-    data: &Data,
-    id: VdiId,
-    offset: u64,
-    payload: Bytes,
-    durable: bool,
-    generation: u32,
-) -> Result<(), InodeError> {
+async fn put_map(data: &Data, id: VdiId, entries: MapEntries, generation: u32) -> Result<(), InodeError> {
+    let MapEntries { offset, bytes, durable, client } = entries;
     let oid = Oid::inode(id);
-    let object = ObjectWrite { oid, offset, data: payload, base: Base::Existing, durable };
+    let object = ObjectWrite { oid, offset, data: bytes, base: Base::Existing, durable, client };
     if is_made(data, id).await? {
         return Ok(write_under(data, &object, generation).await?);
     }
@@ -432,7 +446,8 @@ pub async fn materialise(data: &Data, id: VdiId) -> Result<(), InodeError> {
             return Ok(());
         }
         let entry = read_map(data, id, map_offset(0), MAP_ENTRY_BYTES).await?;
-        match put_map(data, id, map_offset(0), entry, true, generation).await {
+        let entries = MapEntries { offset: map_offset(0), bytes: entry, durable: true, client: Client::default() };
+        match put_map(data, id, entries, generation).await {
             Err(InodeError::Write(WriteError::Fenced)) => {}
             other => return other,
         }
@@ -457,11 +472,10 @@ async fn nearest_map(data: &Data, id: VdiId) -> Result<Option<VdiId>, ReadFailur
 }
 
 /// Clears one map entry and removes its object, as DISCARD_OBJ asks. See [`InodeWriter`] for `strict`.
-pub async fn discard(data: &Data, oid: Oid, durable: bool, strict: bool) -> Result<(), InodeError> {
+pub async fn discard(data: &Data, oid: Oid, writer: InodeWriter) -> Result<(), InodeError> {
     // Creators of the same object in this process wait until it is gone.
     let turn = data.inode_turns().turn(oid);
     let _no_creator = turn.lock().await;
-    let writer = InodeWriter { qemu_synchronous: false, durable, strict };
     let entry = map_entry(data, oid.vid(), oid.index()).await?;
     if entry.is_none() {
         return Ok(());
@@ -488,11 +502,16 @@ pub async fn drop_orphan(data: &Data, oid: Oid, seen: Stamp) -> Result<bool, Ino
     if now.is_none_or(|now| now.version.stamp != seen) || map_entry(data, id, oid.index()).await? == Some(id) {
         return Ok(false);
     }
-    let removal = ObjectWrite { oid, offset: 0, data: Bytes::new(), base: Base::Removal, durable: true };
+    let removal = removal_of(oid);
     Ok(write_under(data, &removal, hold.lease.generation).await.map(|()| true)?)
+}
+
+/// Begun, it is ended whoever asked for it.
+fn removal_of(oid: Oid) -> ObjectWrite {
+    ObjectWrite { oid, offset: 0, data: Bytes::new(), base: Base::Removal, durable: true, client: Client::default() }
 }
 
 /// Removes an object from all its holders.
 pub async fn drop_object(data: &Data, oid: Oid) -> Result<(), WriteError> {
-    write(data, ObjectWrite { oid, offset: 0, data: Bytes::new(), base: Base::Removal, durable: true }).await
+    write(data, removal_of(oid)).await
 }

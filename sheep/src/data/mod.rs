@@ -6,6 +6,7 @@
 
 pub mod attributes;
 pub mod check;
+pub mod client;
 pub mod flatten;
 pub mod flush;
 pub mod gateway;

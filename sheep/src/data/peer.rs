@@ -251,11 +251,11 @@ async fn handle(data: &Data, request: &PeerRequest) -> (PeerAnswer, Bytes) {
         }
     };
     // Looked at after the copy was as well: then nobody can have gone on without this node before.
-    let result = if !may_be_told() {
+    let result = if may_be_told() {
+        result
+    } else {
         marks::hit(Mark::HolderFenced);
         Err(Verdict::NotCurrent)
-    } else {
-        result
     };
     match result {
         Ok(payload) => (header, payload),

@@ -18,8 +18,9 @@ use sheep_core::zeros;
 use tokio::task::JoinSet;
 
 use super::Data;
+use super::client::Client;
 use super::gateway::{lease_table, read};
-use super::inode::{self, InodeError};
+use super::inode::{self, InodeError, InodeWriter};
 use super::virtual_disk::{DiskError, VirtualDisk};
 use super::volumes::VolumeError;
 
@@ -68,7 +69,8 @@ pub async fn clear_beyond(
                 ended(result)?;
             }
             let (data, oid) = (data.clone(), Oid::data(id, next));
-            discards.spawn(async move { inode::discard(&data, oid, true, true).await });
+            let writer = InodeWriter::of(&Client::default(), true);
+            discards.spawn(async move { inode::discard(&data, oid, writer).await });
         }
         next += 1;
     }

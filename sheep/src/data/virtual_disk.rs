@@ -18,9 +18,10 @@ use sheep_core::vdi::Vdi;
 use sheep_core::vdi_name::Target;
 
 use super::Data;
-use super::gateway::write::{Base, ObjectWrite, write, write_under};
+use super::client::Client;
+use super::gateway::write::{Base, ObjectWrite, Tries, write};
 use super::gateway::{ReadFailure, WriteError, lease_table, read};
-use super::inode::{self, InodeError};
+use super::inode::{self, InodeError, InodeWriter};
 use super::throttle;
 use super::traffic::Traffic;
 use super::volumes::{self, Creation, VolumeError};
@@ -62,6 +63,7 @@ impl From<WriteError> for DiskError {
             WriteError::NoSpace => DiskError::NoSpace,
             WriteError::ReadOnly => DiskError::ReadOnly,
             WriteError::BeyondEnd => DiskError::OutOfRange,
+            WriteError::Abandoned => DiskError::Failed,
             error => {
                 tracing::warn!("a guest's request fails: {error}");
                 DiskError::Failed
@@ -171,6 +173,7 @@ pub struct VirtualDisk {
     object_bytes: u64,
     /// Which VDI it is now.
     head: Mutex<VdiId>,
+    client: Client,
 }
 
 /// A piece of a range that lies in one object.
@@ -195,6 +198,7 @@ impl VirtualDisk {
             size_bytes: vdi.size_bytes,
             object_bytes: vdi.object_bytes(),
             head: Mutex::new(vdi.id),
+            client: Client::default(),
         })
     }
 
@@ -375,6 +379,11 @@ impl VirtualDisk {
         self.write_piece(Piece { index, offset: 0, length: 0 }, Bytes::new(), true).await
     }
 
+    /// Who uses it. When that has left, no write is begun any more.
+    pub fn client(&self) -> &Client {
+        &self.client
+    }
+
     /// Waits until the cluster serves; see [`Data::await_service`].
     pub async fn await_service(&self) {
         self.data.await_service().await;
@@ -387,13 +396,20 @@ impl VirtualDisk {
     }
 
     async fn write_piece(&self, piece: Piece, bytes: Bytes, durable: bool) -> Result<(), DiskError> {
-        let object =
-            |oid| ObjectWrite { oid, offset: piece.offset, data: bytes.clone(), base: Base::Existing, durable };
+        let mut tries = (Tries::default(), None);
         for _ in 0..LOOKS_MAX {
             let id = self.id()?;
             let oid = Oid::data(id, piece.index);
             if self.is_own(id, piece.index) {
-                match write(&self.data, object(oid)).await {
+                let object = ObjectWrite {
+                    oid,
+                    offset: piece.offset,
+                    data: bytes.clone(),
+                    base: Base::Existing,
+                    durable,
+                    client: self.client.clone(),
+                };
+                match write(&self.data, object).await {
                     Ok(()) => return Ok(()),
                     // Discarded, or frozen by a snapshot: look again.
                     Err(WriteError::Missing) => self.forget_own(id, piece.index),
@@ -404,7 +420,11 @@ impl VirtualDisk {
             }
             let turn = self.data.inode_turns().turn(oid);
             let _one_creator = turn.lock().await;
-            match self.write_under_lease(id, piece, object(oid)).await {
+            if tries.1.replace(id) != Some(id) {
+                // Into a successor: another object.
+                tries.0 = Tries::default();
+            }
+            match self.write_under_lease(id, piece, &bytes, durable, &mut tries.0).await {
                 Ok(()) => return Ok(()),
                 // The lease went elsewhere, a snapshot froze the VDI, the source of a copy was given back: look again.
                 Err(Again::Yes) => {
@@ -423,34 +443,43 @@ impl VirtualDisk {
     }
 
     /// Writes into an object, making it and naming it in the map if need be: invariants 1 and 3.
-    async fn write_under_lease(&self, id: VdiId, piece: Piece, object: ObjectWrite) -> Result<(), Again> {
+    async fn write_under_lease(
+        &self,
+        id: VdiId,
+        piece: Piece,
+        bytes: &Bytes,
+        durable: bool,
+        tries: &mut Tries,
+    ) -> Result<(), Again> {
         let hold = lease_table::hold(&self.data, id).await?;
         let lease = &hold.lease;
         if self.id()? != id {
             return Err(Again::Yes);
         }
         let owner = inode::map_entry(&self.data, id, piece.index).await.map_err(DiskError::from)?;
-        if owner == Some(id) {
-            match write_under(&self.data, &object, lease.generation).await {
-                // Mapped but gone: made again, below.
-                Err(WriteError::Missing) => {}
-                other => {
-                    other?;
-                    lease.note_mapped(piece.index, true);
-                    return Ok(());
-                }
-            }
-        }
         let source = owner.filter(|owner| *owner != id).map(|owner| Oid::data(owner, piece.index));
-        if let Some(source) = source {
+        if source.is_some() {
             marks::hit(Mark::CopiedOnWrite);
-            if planted::is(Bug::SharedWrites) {
-                return Ok(write(&self.data, ObjectWrite { oid: source, ..object }).await?);
-            }
         }
-        let creation = Creation { oid: object.oid, offset: object.offset, payload: object.data, source, durable: true };
-        volumes::create_under(&self.data, creation, lease.generation).await?;
-        inode::map_own(&self.data, object.oid, lease.generation).await?;
+        let oid = Oid::data(id, piece.index);
+        let mut creation = Creation {
+            oid,
+            offset: piece.offset,
+            payload: bytes.clone(),
+            source,
+            durable,
+            durably_made: true,
+            client: self.client.clone(),
+        };
+        if planted::is(Bug::SharedWrites)
+            && let Some(source) = source
+        {
+            creation.oid = source;
+            return Ok(write(&self.data, creation.over()).await?);
+        }
+        if volumes::put_under(&self.data, &creation, owner == Some(id), lease, tries).await? {
+            inode::map_own(&self.data, oid, lease.generation, &self.client).await?;
+        }
         lease.note_mapped(piece.index, true);
         if let Some(source) = source {
             self.data.note_released(source);
@@ -499,7 +528,7 @@ impl VirtualDisk {
             if piece.offset > 0 || piece.length < self.object_bytes.min(left) {
                 return self.write_zeros(piece, durable).await;
             }
-            match inode::discard(&self.data, Oid::data(id, piece.index), durable, true).await {
+            match inode::discard(&self.data, Oid::data(id, piece.index), InodeWriter::of(&self.client, durable)).await {
                 Ok(()) => return Ok(()),
                 Err(InodeError::Write(WriteError::ReadOnly) | InodeError::ReadOnly) => self.data.settle_in().await,
                 Err(error) => return Err(error.into()),

@@ -12,7 +12,9 @@ use sheep_core::vdi_name::Target;
 use tokio::sync::SemaphorePermit;
 
 use super::Data;
-use super::gateway::write::{Base, ObjectWrite, write, write_under};
+use super::client::Client;
+use super::gateway::lease::Lease;
+use super::gateway::write::{Base, ObjectWrite, Tries, may_begin, write, write_under};
 use super::gateway::{ReadFailure, WriteError, lease_table, read};
 use super::inode::{self, InodeError};
 
@@ -279,33 +281,80 @@ pub struct Creation {
     pub source: Option<Oid>,
     /// Whether it must be durable when done.
     pub durable: bool,
+    /// Whether an object that has to be made must be durable then, whatever the bytes must be.
+    pub durably_made: bool,
+    /// Who asked for it.
+    pub client: Client,
+}
+
+impl Creation {
+    /// The bytes alone, into an object that is there.
+    pub fn over(&self) -> ObjectWrite {
+        ObjectWrite {
+            oid: self.oid,
+            offset: self.offset,
+            data: self.payload.clone(),
+            base: Base::Existing,
+            durable: self.durable,
+            client: self.client.clone(),
+        }
+    }
 }
 
 /// Creates an object, unless the map says that it is there already: then the client's map is stale (a migrated guest) or the
 /// request came twice, and only its bytes are written (protocol.md section 9.2, bug 2).
 pub async fn create_object(data: &Data, creation: Creation) -> Result<(), VolumeError> {
     let oid = creation.oid;
-    let is_data = oid.kind() == Some(ObjectKind::Data);
-    if is_data && inode::map_entry(data, oid.vid(), oid.index()).await? == Some(oid.vid()) {
-        let object = ObjectWrite {
-            oid,
-            offset: creation.offset,
-            data: creation.payload.clone(),
-            base: Base::Existing,
-            durable: creation.durable,
-        };
-        match write(data, object).await {
-            // Mapped but gone: nothing to preserve.
-            Err(WriteError::Missing) => {}
-            other => return Ok(other?),
+    if oid.kind() != Some(ObjectKind::Data) {
+        return create_unmapped(data, creation).await;
+    }
+    if !data.view().state.vdis.contains_key(&oid.vid().get()) {
+        return Err(VolumeError::Refused(Refusal::NoVdi));
+    }
+    may_begin(data, &creation.over()).await?;
+    let mut tries = Tries::default();
+    loop {
+        // Whoever has room for a copy does not wait for a lease: whose drain waits for one that waits for room.
+        let hold = lease_table::hold(data, oid.vid()).await?;
+        // Under the lease, each time: another gateway may have made and named it, and have written to it.
+        let is_mapped = inode::map_entry(data, oid.vid(), oid.index()).await? == Some(oid.vid());
+        match put_under(data, &creation, is_mapped, &hold.lease, &mut tries).await {
+            Err(VolumeError::Write(WriteError::Fenced)) => {}
+            other => return other.map(drop),
         }
     }
-    // Whoever has room for a copy does not wait for a lease: whose drain waits for one that waits for room.
+}
+
+/// Puts bytes into an object under one lease generation: into the one that is there if the map names it, else into a new one.
+/// Gives whether it made one. `tries` has what was done for the same bytes under earlier leases.
+pub async fn put_under(
+    data: &Data,
+    creation: &Creation,
+    is_mapped: bool,
+    lease: &Lease,
+    tries: &mut Tries,
+) -> Result<bool, VolumeError> {
+    if is_mapped {
+        match tries.write_over(data, &creation.over(), lease).await {
+            // Mapped but gone: nothing to preserve.
+            Err(WriteError::Missing) => {}
+            other => return Ok(other.map(|()| false)?),
+        }
+    }
+    let (object, _room) = whole_write(data, creation.clone()).await?;
+    tries.make(data, &object, lease).await?;
+    Ok(true)
+}
+
+/// Creates an object that no map names.
+async fn create_unmapped(data: &Data, creation: Creation) -> Result<(), VolumeError> {
+    // As in `create_object`.
     while is_copied_here(data, &creation)? {
-        let hold = lease_table::hold(data, oid.vid()).await?;
-        match create_under(data, creation.clone(), hold.lease.generation).await {
-            Err(VolumeError::Write(WriteError::Fenced)) => {}
-            other => return other,
+        let hold = lease_table::hold(data, creation.oid.vid()).await?;
+        let (object, _room) = whole_write(data, creation.clone()).await?;
+        match write_under(data, &object, hold.lease.generation).await {
+            Err(WriteError::Fenced) => {}
+            other => return Ok(other?),
         }
     }
     let (object, _room) = whole_write(data, creation).await?;
@@ -321,25 +370,14 @@ fn is_copied_here(data: &Data, creation: &Creation) -> Result<bool, VolumeError>
     Ok(!covers_all && creation.source.is_some_and(is_strange))
 }
 
-/// Creates an object under one lease generation only; see `write_under`.
-pub async fn create_under(data: &Data, creation: Creation, generation: u32) -> Result<(), VolumeError> {
-    let (object, _room) = whole_write(data, creation).await?;
-    Ok(write_under(data, &object, generation).await?)
-}
-
 /// The write that makes an object, and the room that it takes in memory until it is done.
 async fn whole_write(
     data: &Data,
     creation: Creation,
 ) -> Result<(ObjectWrite, Option<SemaphorePermit<'_>>), VolumeError> {
     let oid = creation.oid;
-    let mut object = ObjectWrite {
-        oid,
-        offset: creation.offset,
-        data: creation.payload,
-        base: Base::Existing,
-        durable: creation.durable,
-    };
+    let mut object = creation.over();
+    object.durable |= creation.durably_made;
     let view = data.view();
     let object_bytes = view.locate(oid).ok_or(WriteError::Invalid)?.object_bytes;
     let covers_all = object.offset == 0 && object.data.len() as u64 == object_bytes;

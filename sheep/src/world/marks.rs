@@ -26,6 +26,8 @@ marks! {
     LostWriteWasDone,
     /// A write that lost its lease had not been done, and was sent again.
     LostWriteWasNot,
+    /// A client's connection ended before its write was sent.
+    RequestAbandoned,
     /// Writes were under way when the members changed, and were sent again under new stamps.
     WriteSentAgain,
     /// A write that all current holders have waits for more holders.

@@ -296,7 +296,7 @@ fn finish(data: &Data, lease: &Arc<Lease>, state: &mut LeaseState, sequence: u64
         }
         if let Some(done) = write.done.take() {
             let mut stamps = Vec::new();
-            if result == Err(WriteError::Fenced) {
+            if matches!(result, Ok(()) | Err(WriteError::Fenced)) {
                 stamps.append(&mut write.earlier);
                 stamps.push(write.request.stamp);
             }

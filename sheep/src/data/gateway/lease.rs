@@ -104,7 +104,7 @@ pub struct WriteUnderWay {
 pub struct Ended {
     /// Whether it is on all holders.
     pub result: Result<(), WriteError>,
-    /// If it is to be sent again under another lease: every stamp under which it was sent, ascending.
+    /// If it is done, or is to be sent again under another lease: every stamp under which it was sent, ascending.
     pub stamps: Vec<Stamp>,
 }
 

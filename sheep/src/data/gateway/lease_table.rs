@@ -117,6 +117,11 @@ pub async fn acquire(data: &Data, vdi: VdiId) -> Result<Arc<Lease>, WriteError> 
     }
 }
 
+/// The lease of a VDI, if this gateway holds it in this generation and writes may begin under it.
+pub fn held_as(data: &Data, vdi: VdiId, generation: u32) -> Option<Arc<Lease>> {
+    data.leases().held(vdi).filter(|lease| lease.generation == generation && !lease.state().closed)
+}
+
 /// Another member that holds the lease, as far as is known here.
 fn holder_elsewhere(data: &Data, vdi: VdiId) -> Option<NodeId> {
     let state = data.cluster().state();

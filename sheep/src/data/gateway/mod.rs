@@ -37,6 +37,9 @@ pub enum WriteError {
     /// The lease was lost before all holders had the write: it may or may not take effect. Retried by the gateway.
     #[error("another gateway took over writing")]
     Fenced,
+    /// Its client's connection ended before it was sent.
+    #[error("the client that asked for it has left")]
+    Abandoned,
     /// The cluster is not serving.
     #[error("the cluster does not serve now")]
     NotRunning,

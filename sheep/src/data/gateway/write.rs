@@ -20,6 +20,7 @@ use tokio::sync::oneshot;
 use super::lease::{Ended, Lease, WriteUnderWay};
 use super::{WriteError, fanout, lease_table};
 use crate::data::Data;
+use crate::data::client::Client;
 use crate::data::view::Location;
 use crate::world::marks::{self, Mark};
 use crate::world::planted::{self, Bug};
@@ -48,6 +49,8 @@ pub struct ObjectWrite {
     pub base: Base,
     /// Whether it must be durable when done, or only at the next flush.
     pub durable: bool,
+    /// Who asked for it.
+    pub client: Client,
 }
 
 /// What the bytes are laid over.
@@ -67,7 +70,7 @@ pub enum Base {
 struct Piece {
     range: Range<usize>,
     base: Base,
-    /// Under which it was sent, ascending; nothing is known of what it did until it is `done`.
+    /// Under which it was sent, ascending; nothing is known of what those before the last did, nor of that until it is `done`.
     stamps: Vec<Stamp>,
     done: bool,
 }
@@ -87,12 +90,54 @@ fn pieces(write: &ObjectWrite) -> Vec<Piece> {
     }
 }
 
-/// Writes under one lease generation only: `Fenced` if this gateway does not hold it (any more). For writes that were
-/// decided from what was read under that lease.
+/// Writes under one lease generation only: `Fenced` if this gateway does not hold it (any more), and at once, because the
+/// caller may have what those wait for who give leases back. For writes that were decided from what was read under that lease.
 pub async fn write_under(data: &Data, write: &ObjectWrite, generation: u32) -> Result<(), WriteError> {
-    let result = attempt(data, write, &mut pieces(write), Some(generation)).await;
+    attempt_under(data, write, &mut pieces(write), generation).await
+}
+
+async fn attempt_under(
+    data: &Data,
+    write: &ObjectWrite,
+    pieces: &mut [Piece],
+    generation: u32,
+) -> Result<(), WriteError> {
+    let result = attempt(data, write, pieces, Some(generation)).await;
     data.cluster().fence().pass().await;
     result
+}
+
+/// One client's bytes on their way into an object that may have to be made: tried under one lease generation after the other,
+/// until one lasts. What an earlier try did may be part of what others have seen and written over since; see [`was_applied`].
+#[derive(Default)]
+pub struct Tries {
+    /// Into the object as it is.
+    over: Vec<Piece>,
+    /// Under which stamps one was made, with the bytes in it, ascending.
+    made: Vec<Stamp>,
+}
+
+impl Tries {
+    /// Writes into an object that the map names; `write` is the same each time.
+    pub async fn write_over(&mut self, data: &Data, write: &ObjectWrite, lease: &Lease) -> Result<(), WriteError> {
+        // The map names none that no try made completely, or not before somebody made it anew.
+        if was_applied(data, write.oid, &self.made, lease).await? {
+            return Ok(());
+        }
+        if self.over.is_empty() {
+            self.over = pieces(write);
+        }
+        attempt_under(data, write, &mut self.over, lease.generation).await
+    }
+
+    /// Makes an object that no map names yet: nobody has seen what earlier tries made.
+    pub async fn make(&mut self, data: &Data, write: &ObjectWrite, lease: &Lease) -> Result<(), WriteError> {
+        let mut pieces = pieces(write);
+        let result = attempt_under(data, write, &mut pieces, lease.generation).await;
+        // The last one is applied after all others.
+        self.made.extend(pieces.last().into_iter().flat_map(|last| &last.stamps));
+        result
+    }
 }
 
 /// Writes to all holders. Done, it is on every one of them.
@@ -117,15 +162,11 @@ async fn attempt(
     pieces: &mut [Piece],
     generation: Option<u32>,
 ) -> Result<(), WriteError> {
-    if !is_inside(&data.view().state, write) {
-        // The volume may have grown through another gateway a moment ago.
-        catch_up(data).await?;
-    }
-    let location = admit(data, write)?;
-    let lease = lease_table::acquire(data, write.oid.vid()).await?;
-    if generation.is_some_and(|generation| generation != lease.generation) {
-        return Err(WriteError::Fenced);
-    }
+    let location = may_begin(data, write).await?;
+    let lease = match generation {
+        None => lease_table::acquire(data, write.oid.vid()).await?,
+        Some(generation) => lease_table::held_as(data, write.oid.vid(), generation).ok_or(WriteError::Fenced)?,
+    };
     for piece in pieces.iter_mut().filter(|piece| !piece.done) {
         piece.done = was_applied(data, write.oid, &piece.stamps, &lease).await?;
     }
@@ -224,7 +265,15 @@ fn fate_of(verdict: Verdict) -> Result<Fate, Verdict> {
     }
 }
 
-/// Whether the write may run at all, and where its object lives.
+/// Whether a write may run, as far as can be said without its lease, and where its object lives.
+pub async fn may_begin(data: &Data, write: &ObjectWrite) -> Result<Location, WriteError> {
+    if !is_inside(&data.view().state, write) {
+        // The volume may have grown through another gateway a moment ago.
+        catch_up(data).await?;
+    }
+    admit(data, write)
+}
+
 fn admit(data: &Data, write: &ObjectWrite) -> Result<Location, WriteError> {
     let view = data.view();
     if !view.state.is_running() {
@@ -305,6 +354,10 @@ async fn enter(
     let mut state = lease.state();
     if state.closed {
         return Err(WriteError::Fenced);
+    }
+    if write.client.is_gone() {
+        marks::hit(Mark::RequestAbandoned);
+        return Err(WriteError::Abandoned);
     }
     // Checked again under the lock: a snapshot closes the lease before it freezes the VDI.
     let removal = base == Base::Removal;

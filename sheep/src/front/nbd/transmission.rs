@@ -7,7 +7,7 @@ use std::io;
 use std::sync::Arc;
 
 use bytes::{BufMut, Bytes, BytesMut};
-use tokio::sync::{Semaphore, watch};
+use tokio::sync::Semaphore;
 
 use super::contexts::Context;
 use super::handshake::{PAYLOAD_BYTES_MAX, Session};
@@ -46,11 +46,25 @@ impl From<DiskError> for Failure {
 /// Serves an export until the client leaves.
 pub async fn serve(session: Session, mut reader: FrameReader, sender: FrameSender) -> io::Result<()> {
     let session = Arc::new(session);
+    let ended = serve_commands(&session, &mut reader, &sender).await;
+    if !matches!(ended, Ok(End::Disconnected)) {
+        session.export.disk.client().leave();
+    }
+    ended.map(drop)
+}
+
+/// How a connection ended.
+enum End {
+    /// By the client's word: everything that it sent is to be done (NBD, "Terminating the transmission phase").
+    Disconnected,
+    /// In the middle.
+    Broken,
+}
+
+async fn serve_commands(session: &Arc<Session>, reader: &mut FrameReader, sender: &FrameSender) -> io::Result<End> {
     let room = Arc::new(Semaphore::new(UNDER_WAY_BYTES_MAX));
-    // Ends with this connection.
-    let (_connection, left) = watch::channel(());
     loop {
-        let Some(command) = next(&session, &mut reader).await? else { return Ok(()) };
+        let Some(command) = next(session, reader).await? else { return Ok(End::Broken) };
         let carries_payload = command.kind == Some(CommandKind::Write)
             || (session.style == ReplyStyle::Extended && command.has(command_flag::PAYLOAD_LEN));
         if carries_payload && command.length > u64::from(PAYLOAD_BYTES_MAX) {
@@ -58,7 +72,7 @@ pub async fn serve(session: Session, mut reader: FrameReader, sender: FrameSende
         }
         if command.kind == Some(CommandKind::Disconnect) {
             // Everything under way is finished by its own task; answers are not waited for.
-            return Ok(());
+            return Ok(End::Disconnected);
         }
         let is_read = command.kind == Some(CommandKind::Read);
         let carried = match command.kind {
@@ -68,12 +82,12 @@ pub async fn serve(session: Session, mut reader: FrameReader, sender: FrameSende
         };
         let cost = (carried as usize + REQUEST_COST_BYTES).min(UNDER_WAY_BYTES_MAX);
         // The semaphore is never closed.
-        let Ok(permit) = room.clone().acquire_many_owned(cost as u32).await else { return Ok(()) };
+        let Ok(permit) = room.clone().acquire_many_owned(cost as u32).await else { return Ok(End::Broken) };
         let payload = if carries_payload { reader.payload(command.length as usize).await? } else { Bytes::new() };
         while sender.queued_bytes() > UNDER_WAY_BYTES_MAX {
             session.export.disk.pause().await;
             if sender.is_closed() {
-                return Ok(());
+                return Ok(End::Broken);
             }
         }
         if is_read
@@ -81,18 +95,17 @@ pub async fn serve(session: Session, mut reader: FrameReader, sender: FrameSende
             && let Some(bytes) = session.export.disk.read_now(command.offset, command.length as usize)
         {
             session.export.disk.traffic().answered_at_once(Side::Clients, bytes.len());
-            send_data(&session, &sender, &command, command.offset, bytes, true);
+            send_data(session, sender, &command, command.offset, bytes, true);
             continue;
         }
         let traffic = session.export.disk.traffic();
         let counted = work_of(&command).map(|work| traffic.begin(Side::Clients, work, payload.len()));
-        let (session, sender, mut left) = (session.clone(), sender.clone(), left.clone());
+        let (session, sender) = (session.clone(), sender.clone());
         tokio::spawn(async move {
             tokio::select! {
                 biased;
                 () = session.export.disk.await_service() => {}
-                // The client may have come again, and have sent it again: what is done later may not come on top of that.
-                _ = left.changed() => return,
+                () = session.export.disk.client().gone() => return,
             }
             if counted.is_some() && command.kind != Some(CommandKind::Flush) {
                 let moves = carries_payload || is_read;

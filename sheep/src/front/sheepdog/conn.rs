@@ -14,6 +14,7 @@ use tokio::sync::Semaphore;
 
 use super::reply::Answer;
 use super::{Front, locks, ops, restores};
+use crate::data::client::Client;
 use crate::data::traffic::{Side, Work};
 use crate::world::frames::{FrameReader, FrameSender};
 use crate::world::net::Connection;
@@ -30,8 +31,10 @@ const OBJECT_BYTES_MAX: usize = 64 << 20;
 /// Serves a connection to its end.
 pub async fn serve(front: Front, connection: Connection) {
     let connection_number = front.locks.arrived(&connection.peer);
-    let front = Front { restores: Arc::default(), connection: connection_number, ..front };
+    let client = Client::default();
+    let front = Front { restores: Arc::default(), connection: connection_number, client, ..front };
     serve_requests(&front, connection).await;
+    front.client.leave();
     locks::left(&front);
     restores::give_up(&front).await;
 }

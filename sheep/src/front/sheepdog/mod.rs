@@ -26,6 +26,7 @@ use self::locks::Locks;
 use self::restores::Restores;
 use super::allowed::Allowed;
 use crate::data::Data;
+use crate::data::client::Client;
 use crate::world::net::Listener;
 
 /// What the protocol needs of its node.
@@ -50,6 +51,8 @@ pub struct Front {
     pub locks: Arc<Locks>,
     /// The number of this connection among those of the node.
     pub connection: u64,
+    /// Whether it has ended.
+    pub client: Client,
 }
 
 /// What clients may do with the log, which this floor does not know.

@@ -82,6 +82,7 @@ pub async fn write(front: &Front, body: &ObjectRequest, request: &Request, paylo
                 qemu_synchronous: request.proto_ver == 0 && request.id == 0,
                 durable: durable(request),
                 strict: false,
+                client: front.client.clone(),
             };
             let written = inode::write_inode(&front.data, body.oid.vid(), body.offset, &payload, writer).await;
             written.map_err(|error| of_inode(&error))?;
@@ -94,6 +95,7 @@ pub async fn write(front: &Front, body: &ObjectRequest, request: &Request, paylo
                 data: payload,
                 base: Base::Existing,
                 durable: durable(request),
+                client: front.client.clone(),
             };
             write_object(&front.data, object).await.map_err(of_write)?;
         }
@@ -123,6 +125,8 @@ pub async fn create(front: &Front, body: &ObjectRequest, request: &Request, payl
         payload,
         source: source.filter(|source| *source != body.oid),
         durable: durable(request),
+        durably_made: false,
+        client: front.client.clone(),
     };
     pass_limits(front, body.oid, creation.payload.len()).await;
     volumes::create_object(&front.data, creation).await.map_err(of_volume)?;
@@ -136,7 +140,9 @@ pub async fn discard(front: &Front, body: &ObjectRequest, request: &Request) -> 
     }
     hear_of(front, body.oid).await;
     pass_limits(front, body.oid, 0).await;
-    inode::discard(&front.data, body.oid, durable(request), false).await.map_err(|error| of_inode(&error))?;
+    let client = front.client.clone();
+    let writer = InodeWriter { qemu_synchronous: false, durable: durable(request), strict: false, client };
+    inode::discard(&front.data, body.oid, writer).await.map_err(|error| of_inode(&error))?;
     Ok(Reply::done())
 }
 

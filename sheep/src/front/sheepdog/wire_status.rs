@@ -15,7 +15,8 @@ pub fn of_write(error: WriteError) -> Status {
         WriteError::ReadOnly => Status::Readonly,
         WriteError::NoSpace => Status::NoSpace,
         WriteError::NoHolders => Status::Halt,
-        WriteError::Failed | WriteError::Fenced => Status::Eio,
+        // Nobody is there to be told of one that was abandoned.
+        WriteError::Failed | WriteError::Fenced | WriteError::Abandoned => Status::Eio,
         WriteError::NotRunning => Status::WaitForJoin,
         WriteError::Order => Status::ClusterError,
     }
