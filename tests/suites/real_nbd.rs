@@ -293,6 +293,33 @@ fn an_old_connection_does_no_harm() -> Result<()> {
     cluster.finish()
 }
 
+/// What still waits of a client that is gone must not come on top of what it wrote through another connection.
+#[test]
+fn what_waits_for_its_turn_goes_with_its_connection() -> Result<()> {
+    const BLOCKS: u64 = 12;
+    let cluster = three_with_disk("4M")?;
+    let mut first = NbdClient::open(&socket(&cluster, 0), "disk", Style::Structured, &[])?;
+    for block in 0..BLOCKS {
+        first.write(block * 4096, &[1; 4096], 1)?;
+    }
+    // Some wait for three seconds.
+    cluster.dog(&["vdi", "qos", "disk", "--iops", "4"])?.ok()?;
+    for block in 0..BLOCKS {
+        first.send(nbd::WRITE, 1, block * 4096, 4096, &[2; 4096])?;
+    }
+    std::thread::sleep(Duration::from_millis(300));
+    drop(first);
+    cluster.dog(&["vdi", "qos", "disk", "--iops", "0"])?.ok()?;
+    let mut second = NbdClient::open(&socket(&cluster, 1), "disk", Style::Structured, &[])?;
+    for block in 0..BLOCKS {
+        second.write(block * 4096, &[3; 4096], 1)?;
+    }
+    std::thread::sleep(Duration::from_secs(4));
+    let whole = second.read(0, BLOCKS * 4096)?;
+    ensure!(whole.iter().all(|byte| *byte == 3), "an old request was carried out late");
+    cluster.finish()
+}
+
 /// Backup tools ask what changed since the snapshot of the last backup and copy only that.
 #[test]
 fn incremental_backups_reproduce_the_volume() -> Result<()> {
