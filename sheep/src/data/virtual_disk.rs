@@ -19,7 +19,7 @@ use sheep_core::vdi_name::Target;
 
 use super::Data;
 use super::client::Client;
-use super::gateway::write::{Base, ObjectWrite, Tries, write};
+use super::gateway::write::{Base, ObjectWrite, Tries, ready, send_now, write};
 use super::gateway::{ReadFailure, WriteError, lease_table, read};
 use super::inode::{self, InodeError, InodeWriter};
 use super::throttle;
@@ -174,6 +174,14 @@ pub struct VirtualDisk {
     /// Which VDI it is now.
     head: Mutex<VdiId>,
     client: Client,
+}
+
+/// How a write that was sent without waiting ended.
+pub enum Sent {
+    /// It is on all holders.
+    Done,
+    /// [`VirtualDisk::write_on`] goes on with it.
+    Undecided(Tries),
 }
 
 /// A piece of a range that lies in one object.
@@ -358,16 +366,53 @@ impl VirtualDisk {
 
     /// Writes. Done, it is on all holders; durable there only if asked.
     pub async fn write(&self, offset: u64, bytes: Bytes, durable: bool) -> Result<(), DiskError> {
+        self.write_on(offset, bytes, durable, Tries::default()).await
+    }
+
+    /// As [`VirtualDisk::write`]; goes on with what [`VirtualDisk::write_now`] has not ended.
+    pub async fn write_on(&self, offset: u64, bytes: Bytes, durable: bool, tries: Tries) -> Result<(), DiskError> {
         if self.is_snapshot {
             return Err(DiskError::ReadOnly);
         }
+        if tries.is_done() {
+            self.data.cluster().fence().pass().await;
+            return Ok(());
+        }
+        // What was tried was within one object.
+        let mut tries = Some(tries);
         let mut at = 0;
         for piece in self.pieces(offset, bytes.len() as u64)? {
             let part = bytes.slice(at..at + piece.length as usize);
             at += piece.length as usize;
-            self.write_piece(piece, part, durable).await?;
+            self.write_piece(piece, part, durable, tries.take().unwrap_or_default()).await?;
         }
         Ok(())
+    }
+
+    /// Sends a write that is within one object which is the volume's own, if nothing has to be waited for; gives `told` back if
+    /// not. It is called when the write has ended, by whoever brings the last answer.
+    pub fn write_now<F>(&self, offset: u64, bytes: &Bytes, durable: bool, told: F) -> Result<(), F>
+    where
+        F: FnOnce(Sent) + Send + 'static,
+    {
+        let length = bytes.len() as u64;
+        let piece = self.pieces(offset, length).ok().and_then(|mut pieces| pieces.next());
+        let (Some(piece), Ok(id)) = (piece.filter(|piece| piece.length == length), self.id()) else { return Err(told) };
+        let lease = self.data.leases().held(id).filter(|lease| lease.is_mapped(piece.index));
+        let Some(lease) = lease.filter(|_| !throttle::is_limited(&self.data, id)) else { return Err(told) };
+        let object = self.write_of(Oid::data(id, piece.index), piece, bytes, durable);
+        let Some(ready) = ready(&self.data, &object) else { return Err(told) };
+        let data = self.data.clone();
+        send_now(&self.data, &object, &lease, ready, move |result, tries| {
+            let may_be_told = result.is_ok() && data.cluster().fence().is_open();
+            told(if may_be_told { Sent::Done } else { Sent::Undecided(tries) });
+        });
+        Ok(())
+    }
+
+    fn write_of(&self, oid: Oid, piece: Piece, bytes: &Bytes, durable: bool) -> ObjectWrite {
+        let (data, client) = (bytes.clone(), self.client.clone());
+        ObjectWrite { oid, offset: piece.offset, data, base: Base::Existing, durable, client }
     }
 
     /// Gives the volume a copy of its own of an object that it shares.
@@ -376,7 +421,7 @@ impl VirtualDisk {
             return Err(DiskError::ReadOnly);
         }
         // A write of nothing.
-        self.write_piece(Piece { index, offset: 0, length: 0 }, Bytes::new(), true).await
+        self.write_piece(Piece { index, offset: 0, length: 0 }, Bytes::new(), true, Tries::default()).await
     }
 
     /// Who uses it. When that has left, no write is begun any more.
@@ -395,21 +440,17 @@ impl VirtualDisk {
         throttle::pass(&self.data, vdi, bytes).await;
     }
 
-    async fn write_piece(&self, piece: Piece, bytes: Bytes, durable: bool) -> Result<(), DiskError> {
-        let mut tries = (Tries::default(), None);
+    async fn write_piece(&self, piece: Piece, bytes: Bytes, durable: bool, mut tries: Tries) -> Result<(), DiskError> {
+        let mut tried = None;
         for _ in 0..LOOKS_MAX {
             let id = self.id()?;
+            if tried.replace(id).is_some_and(|tried| tried != id) {
+                // Into a successor: another object.
+                tries = Tries::default();
+            }
             let oid = Oid::data(id, piece.index);
             if self.is_own(id, piece.index) {
-                let object = ObjectWrite {
-                    oid,
-                    offset: piece.offset,
-                    data: bytes.clone(),
-                    base: Base::Existing,
-                    durable,
-                    client: self.client.clone(),
-                };
-                match write(&self.data, object).await {
+                match tries.write(&self.data, &self.write_of(oid, piece, &bytes, durable)).await {
                     Ok(()) => return Ok(()),
                     // Discarded, or frozen by a snapshot: look again.
                     Err(WriteError::Missing) => self.forget_own(id, piece.index),
@@ -420,11 +461,7 @@ impl VirtualDisk {
             }
             let turn = self.data.inode_turns().turn(oid);
             let _one_creator = turn.lock().await;
-            if tries.1.replace(id) != Some(id) {
-                // Into a successor: another object.
-                tries.0 = Tries::default();
-            }
-            match self.write_under_lease(id, piece, &bytes, durable, &mut tries.0).await {
+            match self.write_under_lease(id, piece, &bytes, durable, &mut tries).await {
                 Ok(()) => return Ok(()),
                 // The lease went elsewhere, a snapshot froze the VDI, the source of a copy was given back: look again.
                 Err(Again::Yes) => {
@@ -542,7 +579,8 @@ impl VirtualDisk {
         while at < piece.length {
             let length = (piece.length - at).min(ZEROS.len() as u64);
             let part = Piece { offset: piece.offset + at, length, ..piece };
-            self.write_piece(part, Bytes::from_static(&ZEROS[..length as usize]), durable).await?;
+            let zeros = Bytes::from_static(&ZEROS[..length as usize]);
+            self.write_piece(part, zeros, durable, Tries::default()).await?;
             at += length;
         }
         Ok(())

@@ -53,6 +53,18 @@ impl Store {
         }
     }
 
+    /// As [`Store::admit`], if there is room now and nobody waits for some.
+    pub fn try_admit(&self, bytes: u64) -> Option<Permit> {
+        let cost = cost_of(bytes);
+        let mut inner = self.shared.lock();
+        let may = inner.failed.is_none() && bytes <= inner.write_bytes_max();
+        if !may || !inner.admissions.is_empty() || !inner.has_room(cost) {
+            return None;
+        }
+        inner.reserved_bytes += cost;
+        Some(Permit::new(&self.shared, cost, bytes))
+    }
+
     /// A permit that takes its room whether or not there is any: for the few writes whose order leaves no time to wait
     /// (those sent again after a change of members). They wait in memory until the journal has room.
     pub fn admit_now(&self, bytes: u64) -> Permit {

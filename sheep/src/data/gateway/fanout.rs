@@ -23,6 +23,7 @@ use super::lease::{Ended, Lease, LeaseState};
 use crate::data::links::Link;
 use crate::data::view::View;
 use crate::data::{Data, flush};
+use crate::world::frames::sent_together;
 use crate::world::marks::{self, Mark};
 use crate::world::planted::{self, Bug};
 
@@ -43,14 +44,24 @@ pub fn send(data: &Data, lease: &Arc<Lease>, state: &mut LeaseState) {
         return;
     }
     let Some(holders) = address(data, lease, state, &view, sequence) else { return };
+    let is_alone = state.under_way.len() == 1;
     // Remote copies first: their way is longer.
-    for node in holders.iter().filter(|node| **node != data.node()) {
-        let Some(link) = data.links().get(*node) else { continue };
-        if state.links.get(node) == Some(&link.number()) {
-            send_to(data, lease, state, &link, *node, sequence);
-        } else {
-            resend_over(data, lease, state, &link, *node);
+    let mut send_away = || {
+        for node in holders.iter().filter(|node| **node != data.node()) {
+            let Some(link) = data.links().get(*node) else { continue };
+            if state.links.get(node) == Some(&link.number()) {
+                send_to(data, lease, state, &link, *node, sequence);
+            } else {
+                resend_over(data, lease, state, &link, *node);
+            }
         }
+    };
+    if is_alone {
+        // On this thread: the tasks that write would run only after the commit here has begun. Of many at once, one system call
+        // takes several.
+        sent_together(send_away);
+    } else {
+        send_away();
     }
     if holders.contains(&data.node()) {
         send_here(data, lease, state, sequence);
@@ -300,8 +311,7 @@ fn finish(data: &Data, lease: &Arc<Lease>, state: &mut LeaseState, sequence: u64
                 stamps.append(&mut write.earlier);
                 stamps.push(write.request.stamp);
             }
-            // The client may have hung up.
-            let _ = done.send(Ended { result, stamps });
+            done.tell(Ended { result, stamps });
         }
         if !write.is_plain() && !state.lost {
             let held_back = |other: &u64| state.under_way.get(other).is_some_and(|other| other.is_held_back);

@@ -97,7 +97,26 @@ pub struct WriteUnderWay {
     /// Holders that refused it in the current epoch.
     pub refused: Vec<(NodeId, WriteError)>,
     /// Told when it is done.
-    pub done: Option<oneshot::Sender<Ended>>,
+    pub done: Option<Done>,
+}
+
+/// Who is told how a write ended.
+pub enum Done {
+    /// A task that waits for it.
+    Task(oneshot::Sender<Ended>),
+    /// A call, by whoever brings the last answer and under the lease's lock: it queues an answer, or starts a task.
+    Call(Box<dyn FnOnce(Ended) + Send>),
+}
+
+impl Done {
+    /// Tells.
+    pub fn tell(self, ended: Ended) {
+        match self {
+            // The client may have hung up.
+            Done::Task(waiting) => drop(waiting.send(ended)),
+            Done::Call(call) => call(ended),
+        }
+    }
 }
 
 /// How a write ended.

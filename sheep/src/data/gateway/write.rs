@@ -17,11 +17,12 @@ use sheep_core::stamp::Stamp;
 use sheep_core::write_fate::Fate;
 use tokio::sync::oneshot;
 
-use super::lease::{Ended, Lease, WriteUnderWay};
+use super::lease::{Done, Ended, Lease, LeaseState, WriteUnderWay};
 use super::{WriteError, fanout, lease_table};
 use crate::data::Data;
 use crate::data::client::Client;
 use crate::data::view::Location;
+use crate::store::Permit;
 use crate::world::marks::{self, Mark};
 use crate::world::planted::{self, Bug};
 
@@ -118,6 +119,24 @@ pub struct Tries {
 }
 
 impl Tries {
+    /// As [`write`].
+    pub async fn write(&mut self, data: &Data, write: &ObjectWrite) -> Result<(), WriteError> {
+        if self.is_done() {
+            // And could not be told.
+            data.cluster().fence().pass().await;
+            return Ok(());
+        }
+        if self.over.is_empty() {
+            self.over = pieces(write);
+        }
+        write_pieces(data, write, &mut self.over).await
+    }
+
+    /// Whether one is on all holders.
+    pub fn is_done(&self) -> bool {
+        !self.over.is_empty() && self.over.iter().all(|piece| piece.done)
+    }
+
     /// Writes into an object that the map names; `write` is the same each time.
     pub async fn write_over(&mut self, data: &Data, write: &ObjectWrite, lease: &Lease) -> Result<(), WriteError> {
         // The map names none that no try made completely, or not before somebody made it anew.
@@ -142,9 +161,12 @@ impl Tries {
 
 /// Writes to all holders. Done, it is on every one of them.
 pub async fn write(data: &Data, write: ObjectWrite) -> Result<(), WriteError> {
-    let mut pieces = pieces(&write);
+    write_pieces(data, &write, &mut pieces(&write)).await
+}
+
+async fn write_pieces(data: &Data, write: &ObjectWrite, pieces: &mut [Piece]) -> Result<(), WriteError> {
     loop {
-        match attempt(data, &write, &mut pieces, None).await {
+        match attempt(data, write, pieces, None).await {
             // Another gateway was granted the lease meanwhile: take it back and write again, with a newer stamp.
             Err(WriteError::Fenced) => {}
             other => {
@@ -154,6 +176,47 @@ pub async fn write(data: &Data, write: ObjectWrite) -> Result<(), WriteError> {
             }
         }
     }
+}
+
+/// What a write takes that need not wait for anything before it is sent.
+pub struct Ready {
+    location: Location,
+    permit: Option<Permit>,
+}
+
+/// Whether a write into an object that is there could be sent now, as far as can be said without its lease's lock.
+pub fn ready(data: &Data, write: &ObjectWrite) -> Option<Ready> {
+    if write.data.len() > PIECE_BYTES_MAX || !is_inside(&data.view().state, write) {
+        return None;
+    }
+    let location = admit(data, write).ok()?;
+    let keeps_a_copy = data.view().holders(&location).contains(&data.node());
+    let permit = match data.holder().filter(|_| keeps_a_copy) {
+        Some(holder) => Some(holder.store().try_admit(write.data.len() as u64)?),
+        None => None,
+    };
+    Some(Ready { location, permit })
+}
+
+/// Sends a write that is ready. `told` is called when it has ended, perhaps before this returns, with what is to be tried on if
+/// it has not ended well: by whoever brings the last answer and under the lease's lock, so that it must not wait.
+pub fn send_now<F>(data: &Data, write: &ObjectWrite, lease: &Arc<Lease>, ready: Ready, told: F)
+where
+    F: FnOnce(Result<(), WriteError>, Tries) + Send + 'static,
+{
+    let length = write.data.len();
+    let mut state = lease.state();
+    if let Err(error) = may_enter(data, &state, write, write.base) {
+        drop(state);
+        return told(Err(error), Tries::default());
+    }
+    let call = move |Ended { result, stamps }: Ended| {
+        let piece = Piece { range: 0..length, base: Base::Existing, stamps, done: result.is_ok() };
+        told(result, Tries { over: vec![piece], made: Vec::new() });
+    };
+    let Ready { location, permit } = ready;
+    let entering = Entering { location, piece: 0..length, base: write.base, permit, done: Done::Call(Box::new(call)) };
+    put_under_way(data, lease, &mut state, write, entering);
 }
 
 async fn attempt(
@@ -352,6 +415,14 @@ async fn enter(
     };
     let (done, receiver) = oneshot::channel();
     let mut state = lease.state();
+    may_enter(data, &state, write, base)?;
+    let entering = Entering { location, piece, base, permit, done: Done::Task(done) };
+    put_under_way(data, lease, &mut state, write, entering);
+    Ok(receiver)
+}
+
+/// Whether a piece may be sent under a lease now.
+fn may_enter(data: &Data, state: &LeaseState, write: &ObjectWrite, base: Base) -> Result<(), WriteError> {
     if state.closed {
         return Err(WriteError::Fenced);
     }
@@ -368,8 +439,22 @@ async fn enter(
     if !is_inside(&data.view().state, write) {
         return Err(WriteError::BeyondEnd);
     }
+    Ok(())
+}
+
+/// A piece that is about to be sent.
+struct Entering {
+    location: Location,
+    piece: Range<usize>,
+    base: Base,
+    permit: Option<Permit>,
+    done: Done,
+}
+
+fn put_under_way(data: &Data, lease: &Arc<Lease>, state: &mut LeaseState, write: &ObjectWrite, entering: Entering) {
+    let Entering { location, piece, base, permit, done } = entering;
     state.sequence += 1;
-    let kind = if removal { PeerKind::Remove } else { PeerKind::Write };
+    let kind = if base == Base::Removal { PeerKind::Remove } else { PeerKind::Write };
     let mut request = PeerRequest::new(kind, state.epoch, data.node());
     request.oid = write.oid;
     request.offset = write.offset + piece.start as u64;
@@ -404,6 +489,5 @@ async fn enter(
         refused: Vec::new(),
         done: Some(done),
     });
-    fanout::send(data, lease, &mut state);
-    Ok(receiver)
+    fanout::send(data, lease, state);
 }

@@ -7,7 +7,7 @@ use std::io;
 use std::sync::Arc;
 
 use bytes::{BufMut, Bytes, BytesMut};
-use tokio::sync::Semaphore;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use super::contexts::Context;
 use super::handshake::{PAYLOAD_BYTES_MAX, Session};
@@ -15,8 +15,9 @@ use super::wire::{
     ChunkKind, Command, CommandKind, EXTENDED_REQUEST_BYTES, Errno, REQUEST_BYTES, ReplyStyle, chunk, command_flag,
     done_reply, error_reply, simple_reply,
 };
-use crate::data::traffic::{Side, Work};
-use crate::data::virtual_disk::{DiskError, Part, joined};
+use crate::data::gateway::write::Tries;
+use crate::data::traffic::{Counted, Side, Work};
+use crate::data::virtual_disk::{DiskError, Part, Sent, joined};
 use crate::world::frames::{FrameReader, FrameSender};
 
 /// Request and answer bytes under way per connection: two of the largest requests.
@@ -82,7 +83,7 @@ async fn serve_commands(session: &Arc<Session>, reader: &mut FrameReader, sender
         };
         let cost = (carried as usize + REQUEST_COST_BYTES).min(UNDER_WAY_BYTES_MAX);
         // The semaphore is never closed.
-        let Ok(permit) = room.clone().acquire_many_owned(cost as u32).await else { return Ok(End::Broken) };
+        let Ok(room) = room.clone().acquire_many_owned(cost as u32).await else { return Ok(End::Broken) };
         let payload = if carries_payload { reader.payload(command.length as usize).await? } else { Bytes::new() };
         while sender.queued_bytes() > UNDER_WAY_BYTES_MAX {
             session.export.disk.pause().await;
@@ -100,30 +101,79 @@ async fn serve_commands(session: &Arc<Session>, reader: &mut FrameReader, sender
         }
         let traffic = session.export.disk.traffic();
         let counted = work_of(&command).map(|work| traffic.begin(Side::Clients, work, payload.len()));
-        let (session, sender) = (session.clone(), sender.clone());
-        tokio::spawn(async move {
-            tokio::select! {
-                biased;
-                () = session.export.disk.await_service() => {}
-                () = session.export.disk.client().gone() => return,
-            }
-            if counted.is_some() && command.kind != Some(CommandKind::Flush) {
-                let moves = carries_payload || is_read;
-                session.export.disk.pass_limits(if moves { command.length as usize } else { 0 }).await;
-            }
-            match run(&session, &sender, &command, payload).await {
-                Ok(()) => {
-                    if let Some(counted) = counted {
-                        counted.answered(command.length as usize);
-                    }
-                }
-                Err(Failure(errno, text)) => {
-                    sender.send(error_reply(session.style, &command, errno, &text), Bytes::new());
-                }
-            }
-            drop(permit);
-        });
+        let request = Request { session: session.clone(), sender: sender.clone(), command, counted, _room: room };
+        if request.command.kind == Some(CommandKind::Write) {
+            request.write(payload);
+        } else {
+            tokio::spawn(request.serve(payload, Tries::default()));
+        }
     }
+}
+
+/// A request under way.
+struct Request {
+    session: Arc<Session>,
+    sender: FrameSender,
+    command: Command,
+    counted: Option<Counted>,
+    /// What it takes of the connection's bytes under way.
+    _room: OwnedSemaphorePermit,
+}
+
+impl Request {
+    /// Sends a write at once and has it answered by whoever brings the last holder's answer; in a task if it has to wait.
+    fn write(self, payload: Bytes) {
+        let session = self.session.clone();
+        let (offset, fua, bytes) = (self.command.offset, self.command.has(command_flag::FUA), payload.clone());
+        let told = move |sent| match sent {
+            Sent::Done => self.answer(Ok(Answered::NotYet)),
+            Sent::Undecided(tries) => drop(tokio::spawn(self.serve(payload, tries))),
+        };
+        if let Err(told) = session.export.disk.write_now(offset, &bytes, fua, told) {
+            told(Sent::Undecided(Tries::default()));
+        }
+    }
+
+    /// Carries it out, when the cluster serves and the limits allow it, and answers it. `tries` is what was done of a write.
+    async fn serve(self, payload: Bytes, tries: Tries) {
+        let disk = &self.session.export.disk;
+        tokio::select! {
+            biased;
+            () = disk.await_service() => {}
+            () = disk.client().gone() => return,
+        }
+        if self.counted.is_some() && self.command.kind != Some(CommandKind::Flush) {
+            let moves = !payload.is_empty() || self.command.kind == Some(CommandKind::Read);
+            disk.pass_limits(if moves { self.command.length as usize } else { 0 }).await;
+        }
+        let result = run(&self.session, &self.sender, &self.command, payload, tries).await;
+        self.answer(result);
+    }
+
+    /// Tells the client, of a success only if [`run`] has not.
+    fn answer(self, result: Result<Answered, Failure>) {
+        let Request { session, sender, command, counted, .. } = self;
+        match result {
+            Ok(answered) => {
+                if answered == Answered::NotYet {
+                    sender.send(done_reply(session.style, &command), Bytes::new());
+                }
+                if let Some(counted) = counted {
+                    counted.answered(command.length as usize);
+                }
+            }
+            Err(Failure(errno, text)) => {
+                sender.send(error_reply(session.style, &command, errno, &text), Bytes::new());
+            }
+        }
+    }
+}
+
+/// Whether the client has its answer.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Answered {
+    Yes,
+    NotYet,
 }
 
 /// What a request counts as; only I/O does. Zeroes are a write without bytes.
@@ -148,8 +198,14 @@ async fn next(session: &Session, reader: &mut FrameReader) -> io::Result<Option<
     decoded.map(Some).ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, "not a request"))
 }
 
-/// Carries a request out and answers it; the caller answers failures.
-async fn run(session: &Session, sender: &FrameSender, command: &Command, payload: Bytes) -> Result<(), Failure> {
+/// Carries a request out, and answers one that is answered with data.
+async fn run(
+    session: &Session,
+    sender: &FrameSender,
+    command: &Command,
+    payload: Bytes,
+    tries: Tries,
+) -> Result<Answered, Failure> {
     let disk = &session.export.disk;
     let fua = command.has(command_flag::FUA);
     let writes = matches!(command.kind, Some(CommandKind::Write | CommandKind::WriteZeroes | CommandKind::Trim));
@@ -159,9 +215,9 @@ async fn run(session: &Session, sender: &FrameSender, command: &Command, payload
         return Err(Failure(errno, "beyond the end of the export".to_string()));
     }
     match command.kind {
-        Some(CommandKind::Read) => return read(session, sender, command).await,
-        Some(CommandKind::BlockStatus) => return block_status(session, sender, command).await,
-        Some(CommandKind::Write) => disk.write(command.offset, payload, fua).await?,
+        Some(CommandKind::Read) => return read(session, sender, command).await.map(|()| Answered::Yes),
+        Some(CommandKind::BlockStatus) => return block_status(session, sender, command).await.map(|()| Answered::Yes),
+        Some(CommandKind::Write) => disk.write_on(command.offset, payload, fua, tries).await?,
         Some(CommandKind::Flush) => disk.flush().await?,
         // Holes read as zeros here, and the space of whole objects comes back; NO_HOLE is a wish that thin volumes do not
         // grant. Whole objects are fast, parts of them are written.
@@ -177,8 +233,7 @@ async fn run(session: &Session, sender: &FrameSender, command: &Command, payload
             return Err(Failure(Errno::Inval, "no such request".to_string()));
         }
     }
-    sender.send(done_reply(session.style, command), Bytes::new());
-    Ok(())
+    Ok(Answered::NotYet)
 }
 
 fn send_data(session: &Session, sender: &FrameSender, command: &Command, offset: u64, bytes: Bytes, is_last: bool) {

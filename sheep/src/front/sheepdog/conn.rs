@@ -10,12 +10,13 @@ use bytes::Bytes;
 use qemu_proto::frame::payload_bytes;
 use qemu_proto::opcode::Opcode;
 use qemu_proto::request::{HEADER_BYTES, Request};
-use tokio::sync::Semaphore;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use super::reply::Answer;
 use super::{Front, locks, ops, restores};
 use crate::data::client::Client;
-use crate::data::traffic::{Side, Work};
+use crate::data::gateway::write::{self, Tries};
+use crate::data::traffic::{Counted, Side, Work};
 use crate::world::frames::{FrameReader, FrameSender};
 use crate::world::net::Connection;
 
@@ -92,15 +93,50 @@ async fn serve_requests(front: &Front, connection: Connection) {
             continue;
         }
         let counted = work_of(&request).map(|work| front.data.traffic().begin(Side::Clients, work, length));
-        let (front, sender) = (front.clone(), sender.clone());
-        tokio::spawn(async move {
-            let answer = ops::run(&front, &request, payload).await;
-            if let Some(counted) = counted {
-                counted.answered(answer.payload.len());
+        let under_way = UnderWay { front: front.clone(), sender: sender.clone(), request, counted, _room: permit };
+        under_way.begin(payload);
+    }
+}
+
+/// A request under way.
+struct UnderWay {
+    front: Front,
+    sender: FrameSender,
+    request: Request,
+    counted: Option<Counted>,
+    /// What it takes of the connection's bytes under way.
+    _room: OwnedSemaphorePermit,
+}
+
+impl UnderWay {
+    /// Sends a write that need not wait and has it answered by whoever brings the last holder's answer; the rest is a task's.
+    fn begin(self, payload: Bytes) {
+        let Some((object, lease, ready)) = ops::write_ready(&self.front, &self.request, &payload) else {
+            tokio::spawn(self.run(payload, Tries::default()));
+            return;
+        };
+        let data = self.front.data.clone();
+        write::send_now(&data, &object, &lease, ready, move |result, tries| {
+            if result.is_ok() && self.front.data.cluster().fence().is_open() {
+                let answer = ops::done(&self.front, &self.request);
+                self.answer(answer);
+            } else {
+                tokio::spawn(self.run(payload, tries));
             }
-            send(&sender, answer);
-            drop(permit);
         });
+    }
+
+    /// Carries it out and answers it. `tries` is what was done of a write.
+    async fn run(self, payload: Bytes, tries: Tries) {
+        let answer = ops::run(&self.front, &self.request, payload, tries).await;
+        self.answer(answer);
+    }
+
+    fn answer(self, answer: Answer) {
+        if let Some(counted) = &self.counted {
+            counted.answered(answer.payload.len());
+        }
+        send(&self.sender, answer);
     }
 }
 

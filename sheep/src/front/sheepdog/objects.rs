@@ -1,5 +1,7 @@
 //! Operations on objects.
 
+use std::sync::Arc;
+
 use bytes::Bytes;
 use qemu_proto::flags::RequestFlags;
 use qemu_proto::node_entry::NodeEntry;
@@ -13,8 +15,9 @@ use sheep_core::stamp::Epoch;
 use super::Front;
 use super::reply::{Outcome, Reply};
 use super::wire_status::{of_inode, of_read, of_volume, of_write};
-use crate::data::gateway::write::{Base, ObjectWrite, write as write_object};
-use crate::data::gateway::{ReadFailure, read as read_path};
+use crate::data::gateway::lease::Lease;
+use crate::data::gateway::write::{Base, ObjectWrite, Ready, Tries};
+use crate::data::gateway::{ReadFailure, read as read_path, write as write_path};
 use crate::data::inode::{self, InodeWriter};
 use crate::data::volumes::{self, Creation};
 use crate::data::{Data, check as checks, flush as flushes, throttle};
@@ -70,8 +73,42 @@ pub async fn read(front: &Front, body: &ObjectRequest, request: &Request) -> Out
     Ok(Reply::data(bytes))
 }
 
-/// WRITE_OBJ.
-pub async fn write(front: &Front, body: &ObjectRequest, request: &Request, payload: Bytes) -> Outcome {
+fn write_of(front: &Front, body: &ObjectRequest, request: &Request, payload: &Bytes) -> ObjectWrite {
+    ObjectWrite {
+        oid: body.oid,
+        offset: body.offset,
+        data: payload.clone(),
+        base: Base::Existing,
+        durable: durable(request),
+        client: front.client.clone(),
+    }
+}
+
+/// A write to a data object that need not wait for anything.
+pub fn write_ready(
+    front: &Front,
+    body: &ObjectRequest,
+    request: &Request,
+    payload: &Bytes,
+) -> Option<(ObjectWrite, Arc<Lease>, Ready)> {
+    let vdi = body.oid.vid();
+    if body.oid.kind()? != ObjectKind::Data || throttle::is_limited(&front.data, vdi) {
+        return None;
+    }
+    let lease = front.data.leases().held(vdi)?;
+    let object = write_of(front, body, request, payload);
+    let ready = write_path::ready(&front.data, &object)?;
+    Some((object, lease, ready))
+}
+
+/// WRITE_OBJ. `tries` is what was done of it before.
+pub async fn write(
+    front: &Front,
+    body: &ObjectRequest,
+    request: &Request,
+    payload: Bytes,
+    mut tries: Tries,
+) -> Outcome {
     if !request.flags.contains(RequestFlags::WRITE) && request.data_length != 0 {
         return Err(Status::InvalidParms);
     }
@@ -89,15 +126,8 @@ pub async fn write(front: &Front, body: &ObjectRequest, request: &Request, paylo
         }
         Some(ObjectKind::Data | ObjectKind::Vmstate | ObjectKind::Attribute) => {
             pass_limits(front, body.oid, payload.len()).await;
-            let object = ObjectWrite {
-                oid: body.oid,
-                offset: body.offset,
-                data: payload,
-                base: Base::Existing,
-                durable: durable(request),
-                client: front.client.clone(),
-            };
-            write_object(&front.data, object).await.map_err(of_write)?;
+            let object = write_of(front, body, request, &payload);
+            tries.write(&front.data, &object).await.map_err(of_write)?;
         }
         Some(ObjectKind::BtreeNode | ObjectKind::Ledger) | None => return Err(Status::InvalidParms),
     }

@@ -1,5 +1,6 @@
 //! The table of operations: what may run when, and who carries it out.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -13,6 +14,8 @@ use sheep_core::cluster_state::Phase;
 
 use super::reply::{Answer, Outcome, Reply};
 use super::{Front, admin, changes, objects, restores, summaries, vdis};
+use crate::data::gateway::lease::Lease;
+use crate::data::gateway::write::{ObjectWrite, Ready, Tries};
 
 /// How long a request that is no I/O waits for the cluster to serve again.
 const SERVICE_PATIENCE: Duration = Duration::from_secs(10);
@@ -89,8 +92,23 @@ pub fn answer_now(front: &Front, request: &Request) -> Option<Answer> {
     Some(Answer { response, payload })
 }
 
-/// Carries a request out.
-pub async fn run(front: &Front, request: &Request, payload: Bytes) -> Answer {
+/// What to send for a write that need not wait for anything.
+pub fn write_ready(front: &Front, request: &Request, payload: &Bytes) -> Option<(ObjectWrite, Arc<Lease>, Ready)> {
+    if request.op() != Some(Opcode::WriteObj) || !writes(request) || refusal(front, request).is_some() {
+        return None;
+    }
+    let RequestBody::Object(body) = &request.body else { return None };
+    objects::write_ready(front, body, request, payload)
+}
+
+/// The answer to a write that is done.
+pub fn done(front: &Front, request: &Request) -> Answer {
+    let epoch = front.data.view().epoch().get();
+    Answer { response: Response::success(request, epoch, ResponseBody::NONE, 0), payload: Bytes::new() }
+}
+
+/// Carries a request out. `tries` is what was done of a write.
+pub async fn run(front: &Front, request: &Request, payload: Bytes, tries: Tries) -> Answer {
     if !front.data.view().state.is_running() {
         // Formatted or complete a moment ago, perhaps, through another node.
         admin::see_everything(front).await;
@@ -99,6 +117,7 @@ pub async fn run(front: &Front, request: &Request, payload: Bytes) -> Answer {
     let outcome = match (refusal(front, request), request.op()) {
         (Some(status), _) => Err(status),
         (None, None) => Err(Status::InvalidParms),
+        (None, Some(Opcode::WriteObj)) => write(front, request, payload, tries).await,
         (None, Some(opcode)) => dispatch(front, opcode, request, payload).await,
     };
     let epoch = front.data.view().epoch().get();
@@ -132,6 +151,13 @@ async fn await_service(front: &Front, request: &Request) {
     }
 }
 
+async fn write(front: &Front, request: &Request, payload: Bytes, tries: Tries) -> Outcome {
+    match &request.body {
+        RequestBody::Object(body) => objects::write(front, body, request, payload, tries).await,
+        _ => Err(Status::InvalidParms),
+    }
+}
+
 async fn dispatch(front: &Front, opcode: Opcode, request: &Request, payload: Bytes) -> Outcome {
     use Opcode as O;
     if matches!(opcode, O::ReadVdis | O::ReadDelVdis | O::GetVdiCopies | O::DescribeVdis) {
@@ -140,7 +166,6 @@ async fn dispatch(front: &Front, opcode: Opcode, request: &Request, payload: Byt
     }
     match (opcode, &request.body) {
         (O::ReadObj, RequestBody::Object(body)) => objects::read(front, body, request).await,
-        (O::WriteObj, RequestBody::Object(body)) => objects::write(front, body, request, payload).await,
         (O::CreateAndWriteObj, RequestBody::Object(body)) => objects::create(front, body, request, payload).await,
         (O::DiscardObj, RequestBody::Object(body)) => objects::discard(front, body, request).await,
         (O::FlushVdi, RequestBody::Object(body)) => objects::flush(front, body.oid).await,
