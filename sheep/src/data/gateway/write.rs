@@ -109,7 +109,7 @@ async fn attempt_under(
 }
 
 /// One client's bytes on their way into an object that may have to be made: tried under one lease generation after the other,
-/// until one lasts. What an earlier try did may be part of what others have seen and written over since; see [`was_applied`].
+/// until one lasts. What an earlier try did may be part of what others have seen and written over since; see `was_applied`.
 #[derive(Default)]
 pub struct Tries {
     /// Into the object as it is.
@@ -119,7 +119,7 @@ pub struct Tries {
 }
 
 impl Tries {
-    /// As [`write`].
+    /// As [`write()`].
     pub async fn write(&mut self, data: &Data, write: &ObjectWrite) -> Result<(), WriteError> {
         if self.is_done() {
             // And could not be told.
