@@ -20,6 +20,8 @@ pub enum Fault {
     DieAfterSends(usize, u64, bool),
     /// The machine dies in the middle of a disk operation, so many from now.
     DieAfterOperations(usize, u64, bool),
+    /// The machine loses power in the middle of writing to its journal, so many writes from now.
+    TearJournal(usize, u64),
     /// The process is paused for so many milliseconds, and does not know of it: as by SIGSTOP, or its machine's hypervisor.
     Pause(usize, u64),
     /// The operator stops the node, and starts it again after so many milliseconds.
@@ -266,6 +268,26 @@ pub fn quick_stops(random: &mut Random, count: usize, length_ms: u64) -> Vec<(u6
         at += back + 1000 + random.below(3000);
     }
     schedule.retain(|(at, _)| *at < length_ms);
+    schedule
+}
+
+/// Blackouts that tear journals, by time since the beginning of the load: what is written is on its way to most machines, and each
+/// loses power in the middle of a write to its journal, or soon after the first. What is torn may be all that is left of a write.
+pub fn torn_blackouts(random: &mut Random, count: usize, length_ms: u64) -> Vec<(u64, Fault)> {
+    let mut schedule = Vec::new();
+    let mut at = random.below(2000);
+    while at < length_ms {
+        let latency_min_ms = 10 + random.below(100);
+        let late = Link { latency_min_ms, latency_max_ms: 2 * latency_min_ms, ..Link::default() };
+        let torn = at + 100 + random.below(900);
+        let back = 1 + random.below(1000);
+        schedule.extend((0..count).map(|host| (at, Fault::Slow(host, late, torn - at + 200))));
+        schedule.extend((0..count).map(|host| (torn, Fault::TearJournal(host, random.below(4)))));
+        schedule.push((torn + 5 + random.below(150), Fault::PowerOffAll(back)));
+        at = torn + back + 2500 + random.below(3000);
+    }
+    schedule.retain(|(at, _)| *at < length_ms);
+    schedule.sort_by_key(|(at, _)| *at);
     schedule
 }
 

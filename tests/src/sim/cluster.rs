@@ -315,6 +315,13 @@ impl SimCluster {
         self.machines[host].disk.cut_after(count, cut);
     }
 
+    /// Cuts a machine's power in the middle of a write to its journal, after so many.
+    pub fn tear_journal(&mut self, host: usize, count: u64) {
+        self.machines[host].dies_of_power = true;
+        let cut = Cut::Power(self.random.bits());
+        self.machines[host].disk.cut_in_write("/journal", count, cut);
+    }
+
     /// An empty disk in the place of the old one. The node must not run.
     pub fn wipe(&mut self, host: usize) {
         assert!(self.machines[host].life.is_none(), "the node runs");

@@ -176,6 +176,7 @@ impl Hands {
             Fault::DieAfterOperations(host, operations, of_power) => {
                 self.cluster.die_after_operations(host, operations, of_power);
             }
+            Fault::TearJournal(host, writes) => self.cluster.tear_journal(host, writes),
             Fault::Pause(host, time) => self.cluster.pause(host, time),
             Fault::Stop(host, time) => {
                 self.away_ms[host] = time;

@@ -54,6 +54,25 @@ pub enum Operation {
     Name,
 }
 
+/// An end in the middle of a changing operation.
+struct PlannedCut {
+    /// Only operations on paths that contain this count; of those that contain it, unless it is empty, only writes.
+    path_part: &'static str,
+    /// How many of them come before it.
+    left: u64,
+    cut: Cut,
+}
+
+impl PlannedCut {
+    /// Counts an operation. True: this is the one.
+    fn comes(&mut self, path: &str, operation: Operation) -> bool {
+        let is_counted = self.path_part.is_empty() || (operation == Operation::Write && path.contains(self.path_part));
+        let comes = is_counted && self.left == 0;
+        self.left -= u64::from(is_counted && !comes);
+        comes
+    }
+}
+
 struct Fault {
     path_part: String,
     operation: Operation,
@@ -100,7 +119,7 @@ struct State {
     next_lock: u64,
     operations: u64,
     fingerprint: u64,
-    cut: Option<(u64, Cut)>,
+    cut: Option<PlannedCut>,
     faults: Vec<Fault>,
     capacity_bytes: u64,
     is_read_only: bool,
@@ -209,9 +228,12 @@ impl SimDisk {
 
     /// Ends whatever is attached in the middle of the changing operation `after` operations from now.
     pub fn cut_after(&self, after: u64, cut: Cut) {
-        let mut state = self.lock();
-        let at = state.operations + after + 1;
-        state.cut = Some((at, cut));
+        self.lock().cut = Some(PlannedCut { path_part: "", left: after, cut });
+    }
+
+    /// The same in the middle of a write to a path that contains `path_part`, after so many of them.
+    pub fn cut_in_write(&self, path_part: &'static str, after: u64, cut: Cut) {
+        self.lock().cut = Some(PlannedCut { path_part, left: after, cut });
     }
 
     /// Takes back `cut_after`. True if it had not happened.
@@ -371,7 +393,7 @@ impl State {
         }
         self.operations += 1;
         self.fingerprint = super::mix(self.fingerprint ^ (operation as u64));
-        Ok(self.cut.is_some_and(|(at, _)| self.operations >= at))
+        Ok(self.cut.as_mut().is_some_and(|planned| planned.comes(path, operation)))
     }
 
     fn note(&mut self, offset: u64, length: u64) {
@@ -383,8 +405,8 @@ impl State {
         if !cut_now {
             return Ok(());
         }
-        if let Some((_, cut)) = self.cut.take() {
-            self.end(cut);
+        if let Some(planned) = self.cut.take() {
+            self.end(planned.cut);
         }
         Err(off())
     }
@@ -860,7 +882,9 @@ impl SimFile {
         if !self.is_writable && operation == Operation::Write {
             return Err(io::ErrorKind::PermissionDenied.into());
         }
-        let path = if state.faults.is_empty() { String::new() } else { state.path_of(self.inode) };
+        let is_path_wanted =
+            !state.faults.is_empty() || state.cut.as_ref().is_some_and(|cut| !cut.path_part.is_empty());
+        let path = if is_path_wanted { state.path_of(self.inode) } else { String::new() };
         let cut_now = state.begin(self.generation, &path, operation)?;
         if state.capacity_bytes < UNLIMITED_BYTES
             && length > 0

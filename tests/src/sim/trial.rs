@@ -15,7 +15,7 @@ use super::lazy_guest;
 use super::net::{Link, SimNet};
 use super::volume_guest::VolumeGuest;
 use crate::faults::{
-    Changes, Fault, Kinds, Stops, deaths_in_turn, deaths_on_return, pauses, quick_stops, stops_in_turn,
+    Changes, Fault, Kinds, Stops, deaths_in_turn, deaths_on_return, pauses, quick_stops, stops_in_turn, torn_blackouts,
 };
 use crate::invariants::one_history::Epochs;
 use crate::invariants::{
@@ -37,8 +37,10 @@ const LAZY_BLOCKS: u32 = 6;
 const SHAKEN_FOR: Duration = Duration::from_secs(1);
 /// Seeds from this one on may have an [`Emphasis`]. Those below it stay the histories that they were: tests name some.
 pub const EMPHASIS_FROM: u64 = 1 << 31;
+/// Seeds from this one on may have an [`Emphasis`] on machines that come back, and on orderly stops.
+pub const RETURNS_FROM: u64 = 3 << 30;
 /// Seeds from this one on may have any [`Emphasis`].
-pub const ANY_EMPHASIS_FROM: u64 = 3 << 30;
+pub const ANY_EMPHASIS_FROM: u64 = 4 << 30;
 const FOUNDED_WITHIN: Duration = Duration::from_mins(1);
 
 /// What a run has more of than others, so that what is rare elsewhere is not rare in it.
@@ -54,6 +56,8 @@ pub enum Emphasis {
     Returns,
     /// The same, and orderly stops of all.
     Stops,
+    /// The same, and blackouts in the middle of writes to journals.
+    Torn,
 }
 
 /// Everything that a run is, besides its seed.
@@ -153,7 +157,11 @@ impl Plan {
     fn emphasize(&mut self, keeps_disks: bool) {
         let mut random = Random::new(self.seed ^ 0x656d_7068);
         let machines = self.shape.machines;
-        let kinds = if self.seed < ANY_EMPHASIS_FROM { 4 } else { 6 };
+        let kinds = match self.seed {
+            ..RETURNS_FROM => 4,
+            RETURNS_FROM..ANY_EMPHASIS_FROM => 6,
+            ANY_EMPHASIS_FROM.. => 7,
+        };
         match random.below(kinds) {
             0 if keeps_disks => {
                 self.emphasis = Emphasis::Blocks;
@@ -185,6 +193,11 @@ impl Plan {
                 self.emphasis = Emphasis::Stops;
                 self.crowd(&mut random);
                 self.faults = quick_stops(&mut random, machines, self.load_ms);
+            }
+            6 if keeps_disks => {
+                self.emphasis = Emphasis::Torn;
+                self.crowd(&mut random);
+                self.faults = torn_blackouts(&mut random, machines, self.load_ms);
             }
             _ => {}
         }
