@@ -1,10 +1,13 @@
 //! The log: one line per message, in the form that people grep (cli.md section 1.6). How much of it can be changed while it runs.
+//!
+//! It begins with the process; what is said before it is known where the log may be is held back until then.
 
 use std::fmt;
-use std::io;
+use std::fs::File;
+use std::io::{self, Write};
 use std::path::Path;
-use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 
 use qemu_proto::stat::LOG_LEVELS;
 use tracing::{Event, Level, Subscriber};
@@ -15,6 +18,66 @@ use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::registry::LookupSpan;
 use tracing_subscriber::util::SubscriberInitExt;
 use tracing_subscriber::{Layer, Registry, reload};
+
+/// Most bytes that are held back: a replay says little, and what more there is repeats itself.
+const HELD_BYTES_MAX: usize = 1 << 20;
+
+/// Where the log goes.
+enum Sink {
+    /// Nobody has said so yet.
+    Held(Vec<u8>),
+    File(File),
+    Stderr,
+}
+
+static SINK: Mutex<Sink> = Mutex::new(Sink::Held(Vec::new()));
+
+fn sink() -> MutexGuard<'static, Sink> {
+    SINK.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Writes to wherever the log goes at that moment.
+struct ToSink;
+
+impl Write for ToSink {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        match &mut *sink() {
+            Sink::Held(held) => {
+                if held.len() + bytes.len() <= HELD_BYTES_MAX {
+                    held.extend_from_slice(bytes);
+                }
+                Ok(bytes.len())
+            }
+            Sink::File(file) => file.write(bytes),
+            Sink::Stderr => io::stderr().write(bytes),
+        }
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+/// The log goes to a file from now on, which is appended to.
+pub fn to_file(path: &Path) -> io::Result<()> {
+    let mut file = File::options().create(true).append(true).open(path)?;
+    let mut sink = sink();
+    if let Sink::Held(held) = &*sink {
+        file.write_all(held)?;
+    }
+    *sink = Sink::File(file);
+    Ok(())
+}
+
+/// The log goes to standard error from now on.
+pub fn to_stderr() -> io::Result<()> {
+    let mut sink = sink();
+    if let Sink::Held(held) = &*sink {
+        io::stderr().write_all(held)?;
+    }
+    *sink = Sink::Stderr;
+    Ok(())
+}
 
 struct Line;
 
@@ -105,28 +168,32 @@ pub fn set_level(level: LogLevel) {
     }
 }
 
-/// Logs to a file that is appended to, or to standard error.
-pub fn start(file: Option<&Path>, level: LogLevel) -> io::Result<()> {
+/// Begins the log, once in a process.
+pub fn start(level: LogLevel) {
     let (filter, handle) = reload::Layer::new(level.filter());
-    match file {
-        Some(path) => {
-            let file = std::fs::OpenOptions::new().create(true).append(true).open(path)?;
-            let layer = tracing_subscriber::fmt::layer().event_format(Line).with_writer(std::sync::Mutex::new(file));
-            tracing_subscriber::registry().with(layer.with_filter(filter)).init();
-        }
-        None => {
-            let layer = tracing_subscriber::fmt::layer().event_format(Line).with_writer(io::stderr);
-            tracing_subscriber::registry().with(layer.with_filter(filter)).init();
-        }
-    }
+    let layer = tracing_subscriber::fmt::layer().event_format(Line).with_writer(|| ToSink);
+    tracing_subscriber::registry().with(layer.with_filter(filter)).init();
     // A second start would have failed above.
     let _ = CURRENT.set(Current { number: AtomicU8::new(level.number()), filter: handle });
-    Ok(())
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_was_held_back_comes_first_in_the_file() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("log");
+        std::fs::write(&path, "before\n").unwrap();
+        ToSink.write_all(b"early\n").unwrap();
+        // A line is held as a whole or not at all.
+        ToSink.write_all(&vec![b'x'; HELD_BYTES_MAX]).unwrap();
+        to_file(&path).unwrap();
+        ToSink.write_all(b"late\n").unwrap();
+        assert_eq!(std::fs::read_to_string(&path).unwrap(), "before\nearly\nlate\n");
+        *sink() = Sink::Held(Vec::new());
+    }
 
     #[test]
     fn names_and_numbers_are_those_of_syslog() {

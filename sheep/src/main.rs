@@ -84,6 +84,7 @@ fn start_in_background(config: &Config, arguments: &[String]) -> ExitCode {
 }
 
 fn run(config: &Config, in_background: bool) -> ExitCode {
+    sheep::logging::start(config.log_level);
     if in_background {
         // A session of its own: the terminal's signals are not for us. It fails only for a process that leads one already.
         let _ = rustix::process::setsid();
@@ -103,6 +104,9 @@ fn run(config: &Config, in_background: bool) -> ExitCode {
 }
 
 fn serve(config: &Config, in_background: bool) -> anyhow::Result<()> {
+    if config.log_destination == LogDestination::Stderr {
+        sheep::logging::to_stderr()?;
+    }
     // Right before the runtime, for its clock.
     let world = World::real(DISK_THREADS)?;
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
@@ -110,7 +114,7 @@ fn serve(config: &Config, in_background: bool) -> anyhow::Result<()> {
         let store = Node::open_store(&world, config).await?;
         // After the store: whoever starts a node twice is told that, and not of the pid file.
         let pid_file = config.pid_file.as_deref().map(PidFile::take).transpose()?;
-        start_log(config)?;
+        place_log(config)?;
         let node = Node::start(world, config, store).await?;
         if in_background {
             say_ready()?;
@@ -142,13 +146,12 @@ fn serve(config: &Config, in_background: bool) -> anyhow::Result<()> {
 }
 
 /// The log is in the store directory unless told otherwise; that is ours once the store is open.
-fn start_log(config: &Config) -> anyhow::Result<()> {
+fn place_log(config: &Config) -> anyhow::Result<()> {
     if config.log_destination == LogDestination::Stderr {
-        return Ok(sheep::logging::start(None, config.log_level)?);
+        return Ok(());
     }
     let path = config.log_dir.as_ref().unwrap_or(&config.meta).join("sheep.log");
-    sheep::logging::start(Some(&path), config.log_level)
-        .map_err(|error| anyhow::anyhow!("cannot write the log {}: {error}", path.display()))
+    sheep::logging::to_file(&path).map_err(|error| anyhow::anyhow!("cannot write the log {}: {error}", path.display()))
 }
 
 /// Tells the waiting process that clients can connect, and lets go of its terminal.

@@ -577,7 +577,7 @@ fn sheep_refuses_a_port_in_use() -> Result<()> {
 fn sheep_refuses_a_directory_that_another_uses() -> Result<()> {
     let cluster = ClusterPlan::new(1).start_formatted(1)?;
     let alone = Alone::new()?;
-    for mode in [&[][..], &["-f"]] {
+    for mode in [&[][..], &["-f"], &["-f", "-l", "dst=stdout"]] {
         let ended = alone.run(mode, &cluster.node(0).store)?;
         refuses(ended, "another sheep daemon is using")?;
     }
