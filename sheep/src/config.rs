@@ -15,10 +15,12 @@ use crate::cluster::quorum::token::Token;
 use crate::front::allowed::Allowed;
 use crate::front::nbd::tls::TlsFiles;
 use crate::logging::LogLevel;
-use crate::store::JOURNAL_BYTES_DEFAULT;
+use crate::store::{CacheConfig, JOURNAL_BYTES_DEFAULT};
 
 /// The smallest journal that may be asked for: the ancestor's. Much less would be full before a flush is over.
 const JOURNAL_MIB_MIN: u64 = 64;
+/// The smallest cache that may be asked for: less would be gone before it is read again.
+const CACHE_MIB_MIN: u64 = 64;
 /// Default client port: the ancestor's.
 const PORT_DEFAULT: u16 = 7000;
 /// The node port is this far above the client port, unless given: `-p 7000` and 7010.
@@ -100,6 +102,8 @@ pub struct Config {
     pub journal_bytes: u64,
     /// Journal directory if not META.
     pub journal_dir: Option<PathBuf>,
+    /// A cache on a faster device than the disks.
+    pub cache: Option<CacheConfig>,
     /// See [`LogDestination`].
     pub log_destination: LogDestination,
     /// Directory of `sheep.log` if not META.
@@ -153,6 +157,10 @@ fn definition() -> Command {
         ))
         .arg(Arg::new("allow-clients").long("allow-clients").value_name("CIDR,...").action(ArgAction::Set).help(
             "serve clients of these networks too, without authentication; `all` for everybody [default: this machine]",
+        ))
+        .arg(Arg::new("cache").long("cache").value_name("dir=D,size=S[,mode=M]").action(ArgAction::Set).help(
+            "keep what is read in a directory on a faster device than the disks; mode=writeback: writes too, by \
+             putting the journal there (writethrough: reads only) [default: no cache; mode=writethrough]",
         ))
         .arg(flag('f', "foreground", "stay in the foreground"))
         .arg(flag('g', "gateway", "store nothing, only serve clients"))
@@ -217,7 +225,8 @@ fn definition() -> Command {
             "Examples:\n  sheep /data                                   a node, in the background\n  \
              sheep -f -l dst=stdout /data                  the same, in sight\n  \
              sheep --join TOKEN /data                      a node of a cluster that gave a token\n  \
-             sheep -p 7001 -z 2 -c local:/tmp/try /data2   a second node of a try-out on one machine",
+             sheep -p 7001 -z 2 -c local:/tmp/try /data2   a second node of a try-out on one machine\n  \
+             sheep -j size=8G --cache dir=/ssd/sheep,size=400G,mode=writeback /hdd1,/hdd2   slow disks behind a fast one",
         )
 }
 
@@ -246,7 +255,11 @@ pub fn parse(arguments: &[String]) -> Result<Parsed, Usage> {
     let node = parse_node_address(text("ioaddr"), port)?;
     let (seeds, token) = parse_join(text("join"))?;
     let witness = matches.get_flag("witness");
-    let journal = parse_journal(text("journal"))?;
+    let mut journal = parse_journal(text("journal"))?;
+    let (cache, is_write_back) = parse_cache(text("cache"))?;
+    if is_write_back && journal.dir.is_none() {
+        journal.dir = cache.as_ref().map(|cache| cache.dir.clone());
+    }
     let log = parse_log(text("log"))?;
     Ok(Parsed::Run(Box::new(Config {
         meta,
@@ -270,6 +283,7 @@ pub fn parse(arguments: &[String]) -> Result<Parsed, Usage> {
         pid_file: text("pidfile").map(absolute).transpose()?,
         journal_bytes: journal.bytes,
         journal_dir: journal.dir,
+        cache,
         log_destination: log.destination,
         log_dir: log.dir,
         log_level: log.level,
@@ -471,6 +485,34 @@ fn parse_journal(text: Option<&str>) -> Result<Journal, Usage> {
     Ok(journal)
 }
 
+/// The cache, and whether writes are to go there as well.
+fn parse_cache(text: Option<&str>) -> Result<(Option<CacheConfig>, bool), Usage> {
+    let Some(text) = text else { return Ok((None, false)) };
+    let (mut dir, mut bytes, mut is_write_back) = (None, None, false);
+    for part in text.split(',') {
+        match part.split_once('=') {
+            Some(("dir", given)) => dir = Some(absolute(given)?),
+            Some(("size", size)) => {
+                let given = parse_size(size).map_err(|_| Usage(format!("--cache: invalid size {size}")))?;
+                if given < CACHE_MIB_MIN << 20 {
+                    return Err(Usage(format!("--cache: invalid size {size}, must be at least {CACHE_MIB_MIN}(M)")));
+                }
+                bytes = Some(given);
+            }
+            Some(("mode", "writethrough")) => is_write_back = false,
+            Some(("mode", "writeback")) => is_write_back = true,
+            Some(("mode", mode)) => {
+                return Err(Usage(format!("--cache: invalid mode {mode} (writethrough or writeback)")));
+            }
+            _ => return Err(Usage(format!("--cache: invalid option {part}"))),
+        }
+    }
+    match (dir, bytes) {
+        (Some(dir), Some(size_bytes)) => Ok((Some(CacheConfig { dir, size_bytes }), is_write_back)),
+        _ => Err(Usage(format!("--cache '{text}': give dir=DIRECTORY and size=SIZE"))),
+    }
+}
+
 struct Log {
     destination: LogDestination,
     dir: Option<PathBuf>,
@@ -543,6 +585,19 @@ mod tests {
     }
 
     #[test]
+    fn a_cache_that_takes_writes_has_the_journal_with_it() {
+        let places = |line: &str| {
+            let config = parsed(line).unwrap();
+            (config.cache.map(|cache| (cache.dir, cache.size_bytes)), config.journal_dir)
+        };
+        let cache = Some((PathBuf::from("/c"), 1 << 30));
+        assert_eq!(places("/d"), (None, None));
+        assert_eq!(places("--cache dir=/c,size=1G /d"), (cache.clone(), None));
+        assert_eq!(places("--cache size=1G,mode=writeback,dir=/c /d"), (cache.clone(), Some("/c".into())));
+        assert_eq!(places("-j dir=/j --cache size=1G,mode=writeback,dir=/c /d"), (cache, Some("/j".into())));
+    }
+
+    #[test]
     fn bad_values_are_refused_in_the_known_words() {
         for (line, text) in [
             ("-p 0 /d", "Invalid port number '0'"),
@@ -554,6 +609,10 @@ mod tests {
             ("-l level=loud /d", "Invalid log level 'loud'"),
             ("-l dst=moon /d", "invalid type of log destination: moon"),
             ("-j size=1M /d", "invalid size 1M, must be at least 64(M)"),
+            ("--cache dir=/c,size=1M /d", "--cache: invalid size 1M, must be at least 64(M)"),
+            ("--cache dir=/c,size=1G,mode=fast /d", "--cache: invalid mode fast (writethrough or writeback)"),
+            ("--cache dir=/c /d", "--cache 'dir=/c': give dir=DIRECTORY and size=SIZE"),
+            ("--cache /c /d", "--cache: invalid option /c"),
             ("-c corosync /d", "Invalid cluster driver 'corosync'"),
             ("-q /d", "sheep: invalid option -- 'q'"),
             ("-i port=0,host=::1 /d", "Bad port '0'"),

@@ -72,6 +72,10 @@ impl Node {
         if report.replayed_records > 0 || report.cut_tail {
             tracing::info!("replayed {} records of the journal", report.replayed_records);
         }
+        if let Some(trouble) = store.cache_trouble() {
+            // A node that was started again with a broken cache is worth more than none.
+            tracing::error!("{trouble}; reads go on without it");
+        }
         let remembered = remembered_state(&store).await?;
         let clients = listen_clients(&world, config).await?;
         let tls = config.nbd_tls.as_ref().map(Tls::new).transpose().context("--nbd-tls")?;
@@ -343,6 +347,7 @@ async fn store_config(world: &World, config: &Config) -> anyhow::Result<StoreCon
     store.disks.clone_from(&config.disks);
     store.journal_bytes = config.journal_bytes;
     store.journal_dir.clone_from(&config.journal_dir);
+    store.cache.clone_from(&config.cache);
     store.sync = config.sync;
     let first = config.disks.first().unwrap_or(&config.meta).clone();
     let parent = first.parent().map_or_else(|| first.clone(), std::path::Path::to_path_buf);

@@ -114,7 +114,10 @@ impl Shared {
                 Next::Nothing => return,
                 Next::Unlink(oid, disk) => self.unlink(files, oid, disk),
                 Next::Record(committed) => match self.apply_record(files, &committed.queued.record, Base::Checked) {
-                    Ok(()) => self.with(|inner| inner.applied(committed)),
+                    Ok(()) => {
+                        self.outdate_cache(&committed.queued.record);
+                        self.with(|inner| inner.applied(committed));
+                    }
                     Err(error) => {
                         let path = self.layout.objects(committed.queued.record.disk);
                         let what = format!("{}: write: {error}{}", path.display(), hint(&error));
@@ -123,6 +126,16 @@ impl Shared {
                     }
                 },
             }
+        }
+    }
+
+    /// While the overlay still covers the record: see `cache`, invariant 1.
+    fn outdate_cache(&self, record: &Record) {
+        let Some(cache) = self.cache() else { return };
+        match record.kind {
+            Kind::Overwrite => cache.forget(record.oid, Some(record.offset..record.offset + record.data.len() as u64)),
+            Kind::Create | Kind::Copy | Kind::Install | Kind::Remove => cache.forget(record.oid, None),
+            Kind::Confirm | Kind::Clean => {}
         }
     }
 

@@ -18,11 +18,12 @@
 //! |---|---|
 //! | `open` | making and opening a store, replay |
 //! | `submit`, `commit`, `apply`, `checkpoint` | the way of a write, in this order; `state` is what they share, `ticket` the news of its end |
-//! | `read`, `handles` | the way of a read |
+//! | `read`, `handles`, `cache` | the way of a read |
 //! | `stage` | whole objects from recovery |
 //! | `journal`, `record`, `object_file`, `index`, `superblock`, `sealed`, `layout` | bytes on disk |
 
 mod apply;
+mod cache;
 mod checkpoint;
 mod checksum;
 mod commit;
@@ -52,6 +53,7 @@ use qemu_proto::oid::Oid;
 use sheep_core::member::NodeId;
 use sheep_core::stamp::Epoch;
 
+pub use cache::{CacheConfig, CacheFigures};
 pub use checksum::{BLOCK_BYTES, block_tag};
 pub use entries::Entry;
 pub use journal::JOURNAL_BYTES_MIN;
@@ -79,6 +81,8 @@ pub struct StoreConfig {
     pub journal_bytes: u64,
     /// Directory of the journal if not META.
     pub journal_dir: Option<PathBuf>,
+    /// A cache on a faster device than the disks.
+    pub cache: Option<CacheConfig>,
     /// Whether the device is flushed; false trusts that power never fails.
     pub sync: bool,
     /// Space that writes leave free, for recovery.
@@ -93,6 +97,7 @@ impl StoreConfig {
             disks: Vec::new(),
             journal_bytes: JOURNAL_BYTES_DEFAULT,
             journal_dir: None,
+            cache: None,
             sync: true,
             reserve_bytes: 0,
         }
@@ -353,6 +358,18 @@ impl Store {
                 used_bytes,
             })
             .collect()
+    }
+
+    /// What the cache did; `None` if there is none.
+    pub fn cache(&self) -> Option<CacheFigures> {
+        let config = self.shared.config.cache.as_ref()?;
+        let none = CacheFigures { size_bytes: config.size_bytes, failed: true, ..CacheFigures::default() };
+        Some(self.shared.cache().map_or(none, cache::Cache::figures))
+    }
+
+    /// Why there is no cache although there was to be one.
+    pub fn cache_trouble(&self) -> Option<&str> {
+        self.shared.cache.as_ref()?.as_ref().err().map(String::as_str)
     }
 
     /// The last epoch that [`Store::set_clean_through`] set; 0 at first.

@@ -280,13 +280,7 @@ impl ObjectFile {
 
     /// Fills `buffer` (whole blocks) from `first_block`. May block. A mismatch is final: no write was in its way.
     pub fn read(&self, first_block: u64, buffer: &mut [u8]) -> io::Result<ReadOutcome> {
-        let last_block = first_block + (buffer.len() / BLOCK_BYTES) as u64 - 1;
-        for piece in first_block as usize / PIECE_ENTRIES..=last_block as usize / PIECE_ENTRIES {
-            if self.pieces[piece].get().is_none() {
-                let _guard = self.lock.lock().unwrap_or_else(PoisonError::into_inner);
-                self.load_piece(piece)?;
-            }
-        }
+        self.load_tags(first_block, (buffer.len() / BLOCK_BYTES) as u64)?;
         let writes = self.writes.load(Ordering::Acquire);
         let outcome = self.read_once(first_block, buffer)?;
         if matches!(outcome, ReadOutcome::Verified) {
@@ -343,6 +337,23 @@ impl ObjectFile {
         self.load_piece(block as usize / PIECE_ENTRIES)?;
         // The block is a hole: the tag of zeros would make it a good one.
         self.set_tags(block, &[if tag == 0 { NO_CONTENT } else { tag }])
+    }
+
+    /// Brings the checksums of blocks into memory. May block.
+    pub fn load_tags(&self, first_block: u64, count: u64) -> io::Result<()> {
+        let last_block = first_block + count - 1;
+        for piece in first_block as usize / PIECE_ENTRIES..=last_block as usize / PIECE_ENTRIES {
+            if self.pieces[piece].get().is_none() {
+                let _guard = self.lock.lock().unwrap_or_else(PoisonError::into_inner);
+                self.load_piece(piece)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether whole blocks from elsewhere are what this file has from `first_block` on. Not if their checksums are not in memory.
+    pub fn is_sound(&self, first_block: u64, blocks: &[u8]) -> bool {
+        matches!(self.verify(first_block, blocks), ReadOutcome::Verified)
     }
 
     fn verify(&self, first_block: u64, buffer: &[u8]) -> ReadOutcome {

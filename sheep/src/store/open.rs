@@ -16,6 +16,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use sheep_core::member::NodeId;
 use tokio::sync::watch;
 
+use super::cache::Cache;
 use super::entries::Entries;
 use super::epochs::Epochs;
 use super::index::{Changes, Index, IndexError, Loaded, State};
@@ -26,7 +27,7 @@ use super::record::{Kind, Record};
 use super::state::{Committed, Inner, Queued, Shared};
 use super::submit::footprint_bytes;
 use super::superblock::{self, Label, Sealed, Superblock};
-use super::{OpenError, OpenReport, Store, StoreConfig};
+use super::{OpenError, OpenReport, Store, StoreConfig, hint};
 use crate::world::World;
 use crate::world::disk::{self, FileLock, Files, Space};
 use crate::world::marks::{self, Mark};
@@ -122,6 +123,11 @@ impl Opening<'_> {
         }
         shared.recover(files, &mut report)?;
         shared.report = report;
+        if let Some(config) = &shared.config.cache {
+            let made = Cache::create(files, config, shared.world.rng.next_u64());
+            let dir = config.dir.display();
+            shared.cache = Some(made.map_err(|error| format!("{dir}: make the cache: {error}{}", hint(&error))));
+        }
         Ok(shared)
     }
 
@@ -347,6 +353,7 @@ impl Opening<'_> {
             node,
             report: OpenReport::default(),
             inner: Mutex::new(inner),
+            cache: None,
             journal: Mutex::new(journal),
             index: Mutex::new(Some(index)),
             state_file: Mutex::new(()),

@@ -14,6 +14,7 @@ use bytes::Bytes;
 use qemu_proto::oid::Oid;
 use sheep_core::peer_message::Salvaged;
 
+use super::cache::{Cache, Lookup};
 use super::checksum::BLOCK_BYTES;
 use super::object_file::{ObjectFile, ReadOutcome, Unreadable};
 use super::record::Kind;
@@ -46,7 +47,11 @@ impl Range {
 
     /// Whole blocks around the range.
     fn aligned_bytes(self) -> usize {
-        (self.end().div_ceil(BLOCK_BYTES as u64) - self.first_block()) as usize * BLOCK_BYTES
+        self.block_count() as usize * BLOCK_BYTES
+    }
+
+    fn block_count(self) -> u64 {
+        self.end().div_ceil(BLOCK_BYTES as u64) - self.first_block()
     }
 }
 
@@ -132,6 +137,20 @@ fn io_error(oid: u64, error: &io::Error) -> ReadError {
     ReadError::Io { what: format!("object {oid:016x}: read: {error}{}", hint(error)).into() }
 }
 
+/// What does not agree with the object's table leaves the cache: its device has damaged it.
+fn read_from(cache: &Cache, range: Range, object: &ObjectFile, blocks: &mut [u8]) -> bool {
+    let first_block = range.first_block();
+    if !cache.read(range.oid, first_block, blocks) {
+        return false;
+    }
+    let is_sound = object.load_tags(first_block, range.block_count()).is_ok() && object.is_sound(first_block, blocks);
+    if !is_sound {
+        let start = first_block * BLOCK_BYTES as u64;
+        cache.forget(range.oid, Some(start..start + blocks.len() as u64));
+    }
+    is_sound
+}
+
 impl Shared {
     fn read_inline(&self, range: Range) -> Attempt {
         let view = match self.lock().view(range) {
@@ -153,13 +172,27 @@ impl Shared {
                 match object.read_cached(range.first_block(), &mut blocks) {
                     Ok(ReadOutcome::Verified) => Attempt::Done(Ok(view.finish(range, blocks))),
                     // A mismatch may be a write that is being applied just now; a disk thread can find out.
-                    _ => Attempt::NotCached,
+                    _ => match self.cache() {
+                        Some(cache) if cache.read_now(range.oid, range.first_block(), &mut blocks) => {
+                            let is_sound = object.is_sound(range.first_block(), &blocks);
+                            if is_sound { Attempt::Done(Ok(view.finish(range, blocks))) } else { Attempt::NotCached }
+                        }
+                        _ => Attempt::NotCached,
+                    },
                 }
             }
         }
     }
 
-    fn read_blocking(&self, files: &dyn Files, range: Range) -> Attempt {
+    /// With a cache, what is there is taken from there, and what is not is kept there.
+    fn read_blocking(&self, files: &dyn Files, range: Range, cache: Option<&Cache>) -> Attempt {
+        let looked = cache.filter(|_| range.length > 0);
+        let looked = looked.map(|cache| (cache, cache.look(range.oid, range.first_block(), range.block_count())));
+        let (source, mut keeper) = match looked {
+            Some((cache, Lookup::Here)) => (Some(cache), None),
+            Some((_, Lookup::Missing(fill))) => (None, Some(fill)),
+            Some((_, Lookup::Passed)) | None => (None, None),
+        };
         loop {
             let view = match self.lock().view(range) {
                 Ok(view) => view,
@@ -181,8 +214,16 @@ impl Shared {
                 },
                 Under::Open(object) => {
                     let mut blocks = vec![0; range.aligned_bytes()];
+                    if source.is_some_and(|cache| read_from(cache, range, object, &mut blocks)) {
+                        return Attempt::Done(Ok(view.finish(range, blocks)));
+                    }
                     match object.read(range.first_block(), &mut blocks) {
-                        Ok(ReadOutcome::Verified) => return Attempt::Done(Ok(view.finish(range, blocks))),
+                        Ok(ReadOutcome::Verified) => {
+                            if let Some(keeper) = keeper.take() {
+                                keeper.keep(range.first_block(), &blocks);
+                            }
+                            return Attempt::Done(Ok(view.finish(range, blocks)));
+                        }
                         Ok(ReadOutcome::Mismatch(_) | ReadOutcome::NotCached) if !self.is_unchanged(range, &view) => {}
                         Ok(ReadOutcome::Mismatch(block)) => {
                             return Attempt::Done(Err(ReadError::Corrupt { block: Some(block) }));
@@ -221,7 +262,10 @@ impl Shared {
 impl Store {
     /// Bytes of an object as of the last submitted write.
     pub async fn read(&self, oid: Oid, offset: u64, length: usize) -> Result<Bytes, ReadError> {
-        let range = Range { oid: oid.raw(), offset, length };
+        self.read_through(Range { oid: oid.raw(), offset, length }, true).await
+    }
+
+    async fn read_through(&self, range: Range, is_cache_used: bool) -> Result<Bytes, ReadError> {
         let mut attempt = self.shared.read_inline(range);
         loop {
             match attempt {
@@ -230,7 +274,11 @@ impl Store {
                 Attempt::NotCached => {}
             }
             let shared = self.shared.clone();
-            attempt = disk::run(&self.shared.world.disk, move |files| shared.read_blocking(files, range)).await;
+            attempt = disk::run(&self.shared.world.disk, move |files| {
+                let cache = shared.cache().filter(|_| is_cache_used);
+                shared.read_blocking(files, range, cache)
+            })
+            .await;
         }
     }
 
@@ -249,7 +297,7 @@ impl Store {
         disk::run(&self.shared.world.disk, move |files| {
             for (oid, offset, length) in parts {
                 // Whatever is wrong is told to whoever reads.
-                drop(shared.read_blocking(files, Range { oid: oid.raw(), offset, length }));
+                drop(shared.read_blocking(files, Range { oid: oid.raw(), offset, length }, None));
             }
         })
         .await;
@@ -302,7 +350,8 @@ impl Store {
         let mut offset = 0;
         while offset < size_bytes {
             let length = (size_bytes - offset).min(HASH_BYTES as u64) as usize;
-            let bytes = self.read(oid, offset, length).await?;
+            // From the disk: a copy is not good because the cache has it.
+            let bytes = self.read_through(Range { oid: oid.raw(), offset, length }, false).await?;
             hasher = disk::run(&self.shared.world.disk, move |_| {
                 hasher.update(&bytes);
                 hasher

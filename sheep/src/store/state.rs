@@ -16,6 +16,7 @@ use std::time::Duration;
 use sheep_core::member::NodeId;
 use tokio::sync::{oneshot, watch};
 
+use super::cache::Cache;
 use super::entries::{Entries, Packed};
 use super::epochs::Epochs;
 use super::handles::Handles;
@@ -408,6 +409,8 @@ pub struct Shared {
     pub report: OpenReport,
     /// See [`Inner`].
     pub inner: Mutex<Inner>,
+    /// In front of the disks, if there is to be one; or why there is not.
+    pub cache: Option<Result<Cache, String>>,
     /// Used by the commit job only.
     pub journal: Mutex<Journal>,
     /// Used by the checkpoint job only; `None` once closed.
@@ -421,6 +424,11 @@ pub struct Shared {
 }
 
 impl Shared {
+    /// The cache, if there is one.
+    pub fn cache(&self) -> Option<&Cache> {
+        self.cache.as_ref()?.as_ref().ok()
+    }
+
     /// The data. A thread that panicked while holding it stops the process anyway.
     pub fn lock(&self) -> MutexGuard<'_, Inner> {
         self.inner.lock().unwrap_or_else(PoisonError::into_inner)

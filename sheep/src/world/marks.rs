@@ -108,6 +108,10 @@ marks! {
     ReadLookedAgain,
     /// The space of a deleted VDI came back.
     Reclaimed,
+    /// A part of an object left the cache for another one.
+    CacheEvicted,
+    /// The device of the cache failed.
+    CacheFailed,
 }
 
 #[cfg(feature = "coverage-marks")]

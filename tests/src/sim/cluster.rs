@@ -19,6 +19,7 @@ use sheep::config::{ClusterDriver, Config, LogDestination, NbdListen};
 use sheep::front::allowed::Allowed;
 use sheep::logging::LogLevel;
 use sheep::node::{Node, Stop};
+use sheep::store::CacheConfig;
 use sheep::world::World;
 use sheep_core::level::Level;
 use tokio::runtime::Runtime;
@@ -31,6 +32,8 @@ use super::{Random, SimClock, SimRng};
 
 /// Where every node keeps its store, on its own disk.
 pub const STORE: &str = "/sheep";
+/// Where its cache is, if it has one.
+const CACHE: &str = "/cache";
 const CLIENT_PORT: u16 = 7000;
 const NODE_PORT: u16 = 7010;
 /// Small, so that it wraps around.
@@ -98,6 +101,8 @@ pub struct Shape {
     pub zones: usize,
     /// Disks of each store.
     pub disks: usize,
+    /// Bytes of the cache in front of them; 0 for none.
+    pub cache_bytes: u64,
 }
 
 impl Shape {
@@ -133,6 +138,7 @@ fn config(host: usize, shape: Shape) -> Config {
         pid_file: None,
         journal_bytes: JOURNAL_BYTES,
         journal_dir: None,
+        cache: (shape.cache_bytes > 0).then(|| CacheConfig { dir: CACHE.into(), size_bytes: shape.cache_bytes }),
         log_destination: LogDestination::Stderr,
         log_dir: None,
         log_level: LogLevel::INFO,

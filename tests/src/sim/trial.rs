@@ -41,6 +41,10 @@ pub const EMPHASIS_FROM: u64 = 1 << 31;
 pub const RETURNS_FROM: u64 = 3 << 30;
 /// Seeds from this one on may have any [`Emphasis`].
 pub const ANY_EMPHASIS_FROM: u64 = 4 << 30;
+/// Seeds from this one on may have caches in front of the disks.
+pub const CACHES_FROM: u64 = 5 << 30;
+/// Parts that the largest of them holds: few, so that they leave again.
+const CACHE_SLOTS_MAX: u64 = 24;
 const FOUNDED_WITHIN: Duration = Duration::from_mins(1);
 
 /// What a run has more of than others, so that what is rare elsewhere is not rare in it.
@@ -120,6 +124,7 @@ impl Plan {
             machines: plan.nodes + joining,
             zones: if random.one_in(3) { zones } else { plan.nodes + joining },
             disks: if random.one_in(4) { 2 } else { 1 },
+            cache_bytes: 0,
         };
         let changes = Changes::draw(&mut random, kinds, plan.shape, plan.copies);
         let changes = Changes { joining: plan.nodes, ..changes };
@@ -148,6 +153,10 @@ impl Plan {
         plan.is_swept = random.one_in(2);
         if seed >= EMPHASIS_FROM {
             plan.emphasize(keeps_disks);
+        }
+        let mut caches = Random::new(seed ^ 0x6361_6368);
+        if seed >= CACHES_FROM && caches.one_in(2) {
+            plan.shape.cache_bytes = (1 + caches.below(CACHE_SLOTS_MAX)) << 16;
         }
         plan.lost_in_outage = plan.draw_outage();
         plan
@@ -238,7 +247,7 @@ impl Plan {
         Plan {
             seed,
             emphasis: Emphasis::None,
-            shape: Shape { machines: nodes, zones: nodes, disks: 1 },
+            shape: Shape { machines: nodes, zones: nodes, disks: 1, cache_bytes: 0 },
             nodes,
             kinds,
             copies,

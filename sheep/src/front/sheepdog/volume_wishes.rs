@@ -63,6 +63,8 @@ enum Wish {
     VolumeLimits,
     /// As `VolumeLimits`, with what they did at this node.
     LimitFigures,
+    /// The answer is what this node's cache did; `null` if it has none.
+    CacheFigures,
 }
 
 /// Carries a wish out, if it is one of these.
@@ -134,7 +136,21 @@ async fn carry_out(data: &Data, wish: Wish) -> Result<String, String> {
             })
             .await
         }
+        Wish::CacheFigures => Ok(cache(data).to_string()),
     }
+}
+
+fn cache(data: &Data) -> Value {
+    let figures = data.holder().and_then(|holder| holder.store().cache());
+    figures.map_or(Value::Null, |figures| {
+        json!({
+            "size_bytes": figures.size_bytes,
+            "used_bytes": figures.used_bytes,
+            "hits": figures.hits,
+            "misses": figures.misses,
+            "failed": figures.failed,
+        })
+    })
 }
 
 async fn limits(data: &Data, shown: impl Fn(&[u8], Value) -> Value) -> Result<String, String> {
