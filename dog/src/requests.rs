@@ -129,17 +129,22 @@ pub fn administer(sheep: &mut Sheep, wish: &Value) -> Result<String, Failure> {
 
 /// How fast clients may use volumes, by their names: those that are limited.
 pub fn volume_limits(sheep: &mut Sheep) -> Result<Value, Failure> {
-    limits(sheep, "volume-limits")
+    figures(sheep, "volume-limits")
 }
 
 /// As `volume_limits`, with what the limits did at the sheep that is asked.
 pub fn limit_figures(sheep: &mut Sheep) -> Result<Value, Failure> {
-    limits(sheep, "limit-figures")
+    figures(sheep, "limit-figures")
 }
 
-fn limits(sheep: &mut Sheep, wish: &str) -> Result<Value, Failure> {
+/// What the cache did of the sheep that is asked; null if it has none.
+pub fn cache_figures(sheep: &mut Sheep) -> Result<Value, Failure> {
+    figures(sheep, "cache-figures")
+}
+
+fn figures(sheep: &mut Sheep, wish: &str) -> Result<Value, Failure> {
     let answer = administer(sheep, &serde_json::json!({"do": wish}))?;
-    serde_json::from_str(&answer).map_err(|error| Failure::system(format!("Limits that cannot be read: {error}")))
+    serde_json::from_str(&answer).map_err(|error| Failure::system(format!("Figures that cannot be read: {error}")))
 }
 
 /// A set of VDI ids.

@@ -81,6 +81,29 @@ pub struct Limited {
     pub waiting: u64,
 }
 
+/// What a node's cache did since the sheep was started.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Cached {
+    /// The most it holds, in bytes.
+    pub size_bytes: u64,
+    /// What it holds, in bytes.
+    pub used_bytes: u64,
+    /// Reads that the disks were spared.
+    pub hits: u64,
+    /// Reads that the disks were not spared, and that it keeps.
+    pub misses: u64,
+    /// Its device failed, and it is not used any more.
+    pub failed: bool,
+}
+
+impl Cached {
+    /// Hits of a hundred reads; `None` before the first.
+    pub fn hit_percent(&self) -> Option<f64> {
+        let reads = self.hits + self.misses;
+        (reads > 0).then(|| 100.0 * self.hits as f64 / reads as f64)
+    }
+}
+
 /// What a node was asked.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
 pub struct Stat {
@@ -90,6 +113,8 @@ pub struct Stat {
     pub peer: Row,
     /// Volumes with limits, by name.
     pub limits: Vec<Limited>,
+    /// `None` if it has no cache.
+    pub cache: Option<Cached>,
 }
 
 /// Runs the command.
@@ -137,7 +162,19 @@ fn look(sheep: &mut Sheep) -> Result<Stat, Failure> {
     let stat = Stat::from(Counters::decode(&answer).ok_or_else(|| Failure::new(Exit::System, text()))?);
     // An older sheep knows of none, and one that is not formatted has none.
     let limits = requests::limit_figures(sheep).unwrap_or_default();
-    Ok(Stat { limits: limited(&limits), ..stat })
+    let cache = requests::cache_figures(sheep).unwrap_or_default();
+    Ok(Stat { limits: limited(&limits), cache: cached(&cache), ..stat })
+}
+
+fn cached(figures: &Value) -> Option<Cached> {
+    let number = |field: &str| figures.get(field).and_then(Value::as_u64);
+    Some(Cached {
+        size_bytes: number("size_bytes")?,
+        used_bytes: number("used_bytes")?,
+        hits: number("hits")?,
+        misses: number("misses")?,
+        failed: figures.get("failed").and_then(Value::as_bool)?,
+    })
 }
 
 fn limited(limits: &Value) -> Vec<Limited> {
@@ -179,7 +216,7 @@ impl From<Counters> for Stat {
             flushes: 0,
         };
         let row = |figures| Row { figures, rates: None };
-        Stat { client: row(client), peer: row(peer), limits: Vec::new() }
+        Stat { client: row(client), peer: row(peer), limits: Vec::new(), cache: None }
     }
 }
 
@@ -196,7 +233,7 @@ impl Stat {
             Row { figures: now, rates: Some(rates) }
         };
         let (client, peer) = (row(&self.client, &before.client), row(&self.peer, &before.peer));
-        Stat { client, peer, limits: self.limits.clone() }
+        Stat { client, peer, limits: self.limits.clone(), cache: self.cache }
     }
 }
 

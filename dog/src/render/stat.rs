@@ -4,7 +4,7 @@ use serde_json::{Value, json};
 use sheep_core::units::HumanSize;
 
 use super::text::put;
-use crate::node::stat::{HEADER, Limited, Row, Stat};
+use crate::node::stat::{Cached, HEADER, Limited, Row, Stat};
 use crate::report::{Show, Style};
 
 impl Show for Stat {
@@ -34,6 +34,13 @@ impl Show for Stat {
                 ),
             );
         }
+        if let Some(cache) = &self.cache {
+            let rate = cache.hit_percent().map_or("-".to_owned(), |percent| format!("{percent:.1} %"));
+            let (used, size) = (HumanSize(cache.used_bytes), HumanSize(cache.size_bytes));
+            let state = if cache.failed { "failed: see the log" } else { "in use" };
+            put(out, format_args!("\nCache\tHits\tMisses\tHit rate\tUsed\tSize\n"));
+            put(out, format_args!("{state}\t{}\t{}\t{rate}\t{used}\t{size}\n", cache.hits, cache.misses));
+        }
     }
 
     fn raw(&self, _: &Style, out: &mut Vec<u8>) {
@@ -44,7 +51,8 @@ impl Show for Stat {
 
     fn json(&self) -> Option<Value> {
         let limits: Vec<Value> = self.limits.iter().map(limited_json).collect();
-        Some(json!({"client": row_json(&self.client), "peer": row_json(&self.peer), "limits": limits}))
+        let cache = self.cache.as_ref().map(cache_json);
+        Some(json!({"client": row_json(&self.client), "peer": row_json(&self.peer), "limits": limits, "cache": cache}))
     }
 }
 
@@ -67,6 +75,16 @@ fn limited_json(limited: &Limited) -> Value {
         "burst_seconds": limited.burst_seconds,
         "delayed": limited.delayed,
         "waiting": limited.waiting,
+    })
+}
+
+fn cache_json(cache: &Cached) -> Value {
+    json!({
+        "size_bytes": cache.size_bytes,
+        "used_bytes": cache.used_bytes,
+        "hits": cache.hits,
+        "misses": cache.misses,
+        "failed": cache.failed,
     })
 }
 
@@ -107,7 +125,7 @@ mod tests {
             written_bytes: 12 << 20,
             read_bytes: 1 << 30,
         };
-        Stat { client: Row { figures, rates }, peer: Row { figures: Figures::default(), rates }, limits: Vec::new() }
+        Stat { client: Row { figures, rates }, peer: Row { figures: Figures::default(), rates }, ..Stat::default() }
     }
 
     fn both(stat: &Stat) -> (String, String) {
@@ -139,6 +157,18 @@ mod tests {
         let rows = "disk\t500\t-\t0 s\t7\t0\ndisk\t-\t50 MB\t0 s\t7\t0\n";
         assert_eq!(second, format!("Limited\tOps/s\tBytes/s\tBurst\tDelayed\tWaiting\n{rows}"));
         assert_eq!(raw.lines().count(), 2, "as scripts know it");
+    }
+
+    #[test]
+    fn a_cache_follows_with_its_hit_rate() {
+        let cache = Cached { size_bytes: 1 << 30, used_bytes: 12 << 20, hits: 3, misses: 1, failed: false };
+        let shown = |cache| both(&Stat { cache: Some(cache), ..stat(None) }).0;
+        let table = shown(cache);
+        let (_, second) = table.split_once("\n\n").expect("two tables");
+        assert_eq!(second, "Cache\tHits\tMisses\tHit rate\tUsed\tSize\nin use\t3\t1\t75.0 %\t12 MB\t1.0 GB\n");
+        assert!(shown(Cached { hits: 0, misses: 0, failed: true, ..cache }).contains("failed: see the log\t0\t0\t-\t"));
+        let json = Stat { cache: Some(cache), ..stat(None) }.json().expect("JSON");
+        assert_eq!((&json["cache"]["hits"], &stat(None).json().expect("JSON")["cache"]), (&json!(3), &Value::Null));
     }
 
     #[test]
